@@ -1,0 +1,88 @@
+"""An accuracy floor is met by measuring: bisection on the budget with the real score.
+
+Every trial is a whole one: planned, built, trained, exported, and scored on the exported file with
+the validation split.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from sft.core.budget import Budget
+from sft.core.errors import BudgetError
+from sft.core.progress import say
+from sft.core.records import Plan, Profile
+
+T = TypeVar("T")
+
+TRIALS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial(Generic[T]):
+    """A plan, the validation score of the file that came of it, and what was made."""
+
+    plan: Plan
+    score: float
+    made: T
+
+
+def search(
+    profile: Profile,
+    budget: Budget,
+    score_before: float,
+    attempt: Callable[[Plan, str], Trial[T]],
+    make_plan: Callable[[Budget], Plan],
+) -> Trial[T]:
+    """The trial to deliver.
+
+    With limits on size or MACs and nothing to minimise there is one trial: the plan of least
+    damage within the limits. Otherwise (only `max_drop`, or `minimize=`) the minimised cost is
+    bisected, in `TRIALS` trials, down to the smallest whose score keeps the floor. Raises
+    `BudgetError` if no plan fits, or if none of the trials keeps the floor.
+    """
+    limited = budget.limits(profile.size, profile.macs)
+    if budget.max_drop is None or (limited and budget.minimize is None):
+        return attempt(make_plan(budget), "trial")
+    return _bisect(budget, score_before, attempt, make_plan, budget.minimize or "size", limited)
+
+
+def _bisect(
+    budget: Budget,
+    score_before: float,
+    attempt: Callable[[Plan, str], Trial[T]],
+    make_plan: Callable[[Budget], Plan],
+    cost: str,
+    limited: dict[str, float],
+) -> Trial[T]:
+    assert budget.max_drop is not None
+    floor = score_before - budget.max_drop
+    low, high = 0.0, getattr(budget, cost) or 1.0
+    best: Trial[T] | None = None
+    done: dict[tuple[str, ...], Trial[T]] = {}
+    closest = float("-inf")
+    for number in range(TRIALS):
+        fraction = high if number == 0 and limited else (low + high) / 2
+        try:
+            plan = make_plan(dataclasses.replace(budget, **{cost: fraction}))
+        except BudgetError:
+            if number == TRIALS - 1 and best is None and closest == float("-inf"):
+                raise
+            low = fraction
+            continue
+        key = tuple(str(row.option) for row in plan.rows)
+        if key not in done:
+            done[key] = attempt(plan, f"trial {number + 1} ({cost} {fraction:.3f})")
+        trial = done[key]
+        closest = max(closest, trial.score)
+        say(f"  {cost} {fraction:.3f}: score {trial.score:.4f}, floor {floor:.4f}")
+        if trial.score >= floor:
+            best, high = trial, fraction
+        else:
+            low = fraction
+    if best is None:
+        raise BudgetError(
+            f"No trial kept the score within {budget.max_drop} of {score_before:.4f}; the best "
+            f"reached {closest:.4f}. Allow a larger max_drop, or train longer."
+        )
+    return best

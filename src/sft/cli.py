@@ -1,0 +1,151 @@
+"""The command `sft`: one sub-command a verb. No logic: parse, call, exit code."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sft import commands
+from sft.core import progress
+from sft.core.errors import SFTError
+
+INTERRUPTED, INTERNAL = 130, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code.
+
+    0 done and verified, 1 budget not met or verification failed, 2 bad input, 3 internal error or
+    runtime crash, 130 interrupted (the same command goes on).
+    """
+    options = build_parser().parse_args(arguments)
+    progress.show(not options.quiet)
+    try:
+        return int(options.run(options))
+    except SFTError as error:
+        print(f"sft: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("sft: interrupted; the same command goes on from here.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        print("sft: internal error (above); please report it.", file=sys.stderr)
+        return INTERNAL
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    parser = argparse.ArgumentParser(
+        prog="sft", description="Make a trained convolutional network small and fast, with proof."
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    demo = _verb(verbs, "demo", "compress the embedded network", commands.demo)
+    _out(demo, commands.DEMO_OUT)
+    compress = _verb(
+        verbs, "compress", "the whole way: MODEL in, a proven file out", commands.compress
+    )
+    _model(compress, score=True)
+    _budget(compress)
+    _training(compress)
+    _out(compress, "out")
+    _model(_verb(verbs, "inspect", "list the layers of MODEL", commands.inspect))
+    profile = _verb(verbs, "profile", "measure MODEL on data, once", commands.profile)
+    _model(profile)
+    profile.add_argument("--data-free", action="store_true", help="plain SVD of the weights")
+    _out(profile, "out/profile")
+    plan = _verb(verbs, "plan", "choose one option a layer from a profile", commands.plan)
+    plan.add_argument("profile", metavar="PROFILE_DIR")
+    _budget(plan)
+    _out(plan, None, "PLAN.json")
+    _plan_verbs(verbs)
+    verify = _verb(
+        verbs, "verify", "run an exported FILE and compare it with MODEL", commands.verify
+    )
+    verify.add_argument("file", metavar="FILE")
+    _model(verify, score=True)
+    bench = _verb(verbs, "benchmark", "time exported FILEs in turn", commands.benchmark)
+    bench.add_argument("files", nargs="+", metavar="FILE")
+    report = _verb(verbs, "report", "write the page of a RESULT.json", commands.report)
+    report.add_argument("result", metavar="RESULT.json")
+    _out(report, "report.html", "FILE")
+    _verb(verbs, "list", "models, data, targets and decompositions", commands.list_known)
+    return parser
+
+
+def _plan_verbs(verbs: Any) -> None:
+    """The verbs that take a model and a plan."""
+    for name, text, run in (
+        ("apply", "split MODEL's layers as PLAN says; writes float weights", commands.apply),
+        (
+            "finetune",
+            "split, then fine-tune with MODEL as teacher; writes weights",
+            commands.finetune,
+        ),
+        ("export", "split, quantise and export MODEL as PLAN says", commands.export),
+    ):
+        verb = _verb(verbs, name, text, run)
+        _model(verb)
+        verb.add_argument("--plan", required=True, metavar="PLAN.json")
+        verb.add_argument(
+            "--profile",
+            metavar="DIR",
+            help="statistics of the data (default: profile/ beside PLAN)",
+        )
+        if name == "finetune":
+            _training(verb)
+        if name == "export":
+            verb.add_argument("--tuned", metavar="FILE", help="weights that finetune wrote")
+        verb.add_argument("-o", "--out", required=True, metavar="FILE")
+
+
+def _verb(
+    verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    verb.set_defaults(run=run)
+    verb.add_argument("--json", action="store_true", help="print the record as JSON")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--device", default="cpu", help="for the PyTorch steps (cpu, cuda)")
+    verb.add_argument("--threads", type=int, default=1, help="of the runtime, when it is measured")
+    verb.add_argument("--target", default="onnxruntime", help="runtime, or target (see `sft list`)")
+    return verb
+
+
+def _model(verb: argparse.ArgumentParser, score: bool = False) -> None:
+    verb.add_argument(
+        "model", metavar="MODEL", help="fashion-resnet, package.module:factory, FILE.pt2, ..."
+    )
+    verb.add_argument("--weights", metavar="FILE", help="safetensors for MODEL")
+    verb.add_argument(
+        "--data", metavar="DATA", help="fashion-mnist, imagefolder:DIR, npz:FILE, module:factory"
+    )
+    if score:
+        verb.add_argument(
+            "--evaluate", metavar="SCORE", help="top1, agreement (default) or module:function"
+        )
+
+
+def _budget(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--size", type=float, help="fraction of the original file")
+    verb.add_argument("--macs", type=float, help="fraction of the original MACs")
+    verb.add_argument("--size-bytes", type=int)
+    verb.add_argument("--macs-count", type=int)
+    verb.add_argument("--max-drop", type=float, help="of the score, in its own unit")
+    verb.add_argument("--minimize", choices=("size", "macs"), help="as far as --max-drop allows")
+    verb.add_argument(
+        "--keep", action="append", default=[], metavar="LAYER", help="stays float (pattern; repeat)"
+    )
+
+
+def _training(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--steps", type=int, help="fine-tuning steps in float")
+    verb.add_argument("--integer-steps", type=int, help="fine-tuning steps with rounding in place")
+    verb.add_argument("--learning-rate", type=float)
+    verb.add_argument("--integer-learning-rate", type=float)
+
+
+def _out(verb: argparse.ArgumentParser, default: str | None, metavar: str = "DIR") -> None:
+    verb.add_argument("-o", "--out", default=default, metavar=metavar)

@@ -1,0 +1,71 @@
+"""What the user asks for."""
+
+import dataclasses
+
+from sft.core.errors import InputError
+
+FRACTIONS = ("size", "macs", "latency", "memory")
+ABSOLUTE = {"size_bytes": "size", "macs_count": "macs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Limits on the compressed network; what is None is not limited.
+
+    size, macs, latency, memory : fraction of the original, above 0 and at most 1.
+    size_bytes, macs_count : the same in absolute numbers (stored bytes; multiply-accumulates).
+    max_drop : how much the score may fall, in the score's own unit (0.005: half a point).
+    minimize : "size" or "macs": push this one as low as `max_drop` allows, by measuring.
+    """
+
+    size: float | None = None
+    macs: float | None = None
+    latency: float | None = None
+    memory: float | None = None
+    size_bytes: int | None = None
+    macs_count: int | None = None
+    max_drop: float | None = None
+    minimize: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in FRACTIONS:
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise InputError(
+                    f"Budget {name}={value}: a fraction of the original, above 0 and at most 1, "
+                    f"is wanted (0.1: a tenth)."
+                )
+        for name in ABSOLUTE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"Budget {name}={value}: it must be at least 1.")
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise InputError(f"Budget max_drop={self.max_drop}: it must be 0 or more.")
+        if self.minimize not in (None, "size", "macs"):
+            raise InputError(f"Budget minimize='{self.minimize}': 'size' or 'macs' is wanted.")
+        if self.minimize is not None and self.max_drop is None:
+            raise InputError("Budget minimize= needs max_drop=: how far may the score fall?")
+        for name in ("latency", "memory"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"Budget {name}= is not planned yet; it is measured and reported. "
+                    f"Limit macs= and size=, which drive it."
+                )
+
+    def limits(self, size: int, macs: int) -> dict[str, float]:
+        """Absolute upper limits by cost name, for an original of `size` bytes and `macs` MACs."""
+        original = {"size": size, "macs": macs}
+        found: dict[str, float] = {}
+        for name, whole in original.items():
+            fraction = getattr(self, name)
+            if fraction is not None:
+                found[name] = fraction * whole
+        for name, cost in ABSOLUTE.items():
+            value = getattr(self, name)
+            if value is not None:
+                found[cost] = min(value, found.get(cost, float("inf")))
+        return found
+
+    def asked(self) -> dict[str, float | str]:
+        """The fields that were set."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}

@@ -1,0 +1,104 @@
+"""Files that are whole or absent: atomic writes, checked reads, the manifest of a folder."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from sft.core.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write all of `content` or nothing: a crash leaves the old file as it was."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(
+            f"Cannot write '{path}': {error.strerror}. Choose another place."
+        ) from error
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"Cannot read '{path}': {error.strerror}.") from error
+
+
+def read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise InputError(f"'{path}' is not a text file.") from None
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `InputError` unless files can be made in `folder` (which is made if it is missing)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".sft-"):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"The output folder '{folder}' cannot be written: {error.strerror}. Choose another."
+        ) from error
+
+
+def publish(staged: Path, folder: Path) -> None:
+    """Move every file of `staged` into `folder`, the manifest last, each in one step.
+
+    Other files in `folder` stay. The manifest names what belongs together, so a reader never
+    takes a half-replaced folder for a whole one.
+    """
+    names = sorted(p.relative_to(staged) for p in staged.rglob("*") if p.is_file())
+    write_manifest(staged, names)
+    for name in [*names, Path(MANIFEST)]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged / name, folder / name)
+
+
+def write_manifest(folder: Path, names: Iterable[Path]) -> None:
+    """Write `manifest.json`: the sha256 of each named file, relative to `folder`."""
+    hashes = {str(n): sha256(folder / n) for n in names if str(n) != MANIFEST}
+    write_text(folder / MANIFEST, json.dumps({"format": 1, "sha256": hashes}, indent=1) + "\n")
+
+
+def check_manifest(path: Path) -> None:
+    """Raise `InputError` if `path` stands in its folder's manifest with another sha256.
+
+    A file whose folder has no manifest, or that the manifest does not name, passes.
+    """
+    manifest = path.parent / MANIFEST
+    if not manifest.is_file():
+        return
+    try:
+        wanted = json.loads(read_text(manifest))["sha256"].get(path.name)
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(f"'{manifest}' is damaged. Make the folder again.") from None
+    if wanted is not None and wanted != sha256(path):
+        raise InputError(
+            f"'{path}' is damaged: its sha256 is not the one in {MANIFEST}. Make it again, "
+            f"or delete {MANIFEST} if you changed the file on purpose."
+        )

@@ -1,0 +1,88 @@
+"""What every exporter does, the table of them, and the verb `export`."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from sft.core.data import Loader
+from sft.core.errors import InputError
+from sft.core.files import sha256
+from sft.core.records import Artifact, Plan, Target
+from sft.core.registry import Registry
+from sft.runtimes.targets import find_target
+from sft.surgery.quantize import QuantizedModel, quantize
+
+
+class Exporter(Protocol):
+    """Writes a network, float or with explicit quantise/dequantise steps, as a runtime's file."""
+
+    runtime: str
+
+    def write(self, network: nn.Module, example: torch.Tensor, path: Path) -> None:
+        """Write the whole file or nothing. example : ``(1, ...)``, the shape of every run."""
+
+
+exporters: Registry[Exporter] = Registry("exporter")
+
+
+def export(
+    model: nn.Module,
+    plan: Plan | None,
+    path: str | Path,
+    target: str = "onnxruntime",
+    *,
+    calibration: Loader | None = None,
+    example: torch.Tensor | None = None,
+) -> Artifact:
+    """Write the file that will be deployed.
+
+    model : a `QuantizedModel` (the integers it holds go into the file), or a float module that
+        `plan` asks to be quantised, for which `calibration` gives the activation ranges, or, with
+        `plan=None`, a float module that stays float (`example` then gives the input's shape).
+    Returns where the file is and how to feed it. Raises `InputError` before writing anything.
+    """
+    found = find_target(target)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"Cannot write '{path}': the folder '{path.parent}' does not exist.")
+    network, sample, integers = _final_network(model, plan, found, calibration, example)
+    exporters[found.runtime].write(network, sample, path)
+    return Artifact(
+        path=str(path),
+        target=found.name,
+        file_bytes=path.stat().st_size,
+        sha256=sha256(path),
+        input_shape=tuple(sample.shape[1:]),
+        integers=integers,
+    )
+
+
+def _final_network(
+    model: nn.Module,
+    plan: Plan | None,
+    target: Target,
+    calibration: Loader | None,
+    example: torch.Tensor | None,
+) -> tuple[nn.Module, torch.Tensor, bool]:
+    if isinstance(model, QuantizedModel):
+        if model.target.name != target.name:
+            raise InputError(
+                f"The model was quantised for '{model.target.name}' and cannot be exported for "
+                f"'{target.name}': the integer layouts differ. Quantise it for that target."
+            )
+        return model.convert(), model.example.cpu(), True
+    if plan is None:
+        if example is None:
+            raise InputError("export of a float model needs example=, one input with batch axis 1.")
+        return model, example[:1].cpu(), False
+    if all(row.option.weight_bits is None for row in plan.rows):
+        return model, torch.zeros(1, *plan.input_shape), False
+    if calibration is None:
+        raise InputError(
+            "The plan asks for integers: give export calibration= for the activation ranges, or "
+            "a model from `quantize`."
+        )
+    prepared = quantize(model, plan, target, calibration)
+    return prepared.convert(), prepared.example.cpu(), True

@@ -1,0 +1,88 @@
+"""Does a plan, perhaps edited by hand, fit the model? Asked before anything is changed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from sft.core.errors import InputError
+from sft.core.records import DENSE, KEEP, Inspection, Layer, Option, Plan
+
+Shape = tuple[int, ...]
+FullRank = Callable[[Shape], int | tuple[int, ...]]
+
+# The exact rank of the built-in schemes for a kernel (O, I, kh, kw): the smaller side of its
+# unfolding. Where the table of decompositions can be seen, its own are passed instead.
+FULL_RANKS: Mapping[str, FullRank] = {
+    "channel_in": lambda w: min(w[1], w[0] * math.prod(w[2:])),
+    "channel_out": lambda w: min(w[0], math.prod(w[1:])),
+}
+
+
+def check_plan(
+    plan: Plan,
+    layers: Inspection | Sequence[Layer],
+    full_ranks: Mapping[str, FullRank] = FULL_RANKS,
+) -> None:
+    """Raise `InputError` unless each layer has exactly one row, with an option it can take.
+
+    full_ranks : the schemes that exist and their exact rank for a weight shape; pass those of the
+        registered decompositions to allow for more than the built-in ones.
+    """
+    known = {layer.name: layer for layer in _listed(layers)}
+    seen: set[str] = set()
+    for row in plan.rows:
+        if row.name not in known:
+            raise InputError(
+                f"The plan has a row for '{row.name}', but the model has no such layer. Remove the "
+                f"row, or name one of: {', '.join(known)}."
+            )
+        if row.name in seen:
+            raise InputError(f"The plan has two rows for layer '{row.name}'. Remove one of them.")
+        seen.add(row.name)
+        check_option(row.option, known[row.name], full_ranks)
+    missing = [name for name in known if name not in seen]
+    if missing:
+        raise InputError(
+            f"The plan has no row for {', '.join(repr(name) for name in missing)}. Add one for "
+            f'each; {{"scheme": "keep"}} as its option leaves a layer as it is.'
+        )
+
+
+def check_option(
+    option: Option, layer: Layer, full_ranks: Mapping[str, FullRank] = FULL_RANKS
+) -> None:
+    """Raise `InputError`, naming layer and weight shape, unless the layer can take the option."""
+    where = f"Layer '{layer.name}' with weight {layer.weight_shape} cannot become '{option}'"
+    scheme = option.scheme
+    if scheme in layer.refusals:
+        raise InputError(
+            f"{where}: {layer.refusals[scheme]}. Choose 'dense', 'keep' or another scheme."
+        )
+    if scheme in (KEEP, DENSE):
+        return
+    if scheme not in full_ranks:
+        allowed = [s for s in (KEEP, DENSE, *full_ranks) if s not in layer.refusals]
+        raise InputError(
+            f"{where}: there is no scheme '{scheme}'. Choose one of {', '.join(allowed)}."
+        )
+    full = _sides(full_ranks[scheme](layer.weight_shape))
+    if len(option.rank) != len(full):
+        raise InputError(
+            f"{where}: '{scheme}' takes {len(full)} rank{'s' * (len(full) > 1)}, the plan gives "
+            f"{len(option.rank)}."
+        )
+    if any(not 1 <= rank <= most for rank, most in zip(option.rank, full, strict=True)):
+        limits = " and ".join(f"1 to {most}" for most in full)
+        raise InputError(f"{where}: '{scheme}' takes rank {limits} here.")
+
+
+def default_full_rank(scheme: str, weight_shape: Shape) -> tuple[int, ...]:
+    """The exact rank(s) of a built-in scheme; empty for a scheme that is not one."""
+    return _sides(FULL_RANKS[scheme](weight_shape)) if scheme in FULL_RANKS else ()
+
+
+def _sides(rank: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (rank,) if isinstance(rank, int) else tuple(rank)
+
+
+def _listed(layers: Inspection | Sequence[Layer]) -> Sequence[Layer]:
+    return layers.layers if isinstance(layers, Inspection) else layers

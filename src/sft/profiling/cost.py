@@ -1,0 +1,30 @@
+"""What an option costs: parameters, multiply-accumulates, stored bytes."""
+
+import math
+
+from sft.core.records import KEEP, Cost, Layer, Option, Target
+from sft.decompositions import decompositions
+
+FLOAT_BYTES = 4
+
+
+def cost_of(layer: Layer, option: Option, target: Target) -> Cost:
+    """Cost of one layer under an option.
+
+    Stored bytes: weights in their bits, a scale (4) and a zero point (1) a channel, the bias in
+    float32, and what the target's file needs around each quantised layer.
+    """
+    outputs, bias = layer.weight_shape[0], layer.weight_shape[0] if layer.bias else 0
+    weights, macs, channels, parts = math.prod(layer.weight_shape), layer.macs, outputs, 1
+    if option.rank:
+        method, rank = decompositions[option.scheme], option.rank[0]
+        weights = method.params(layer.weight_shape, rank)
+        pixels_in, pixels_out = math.prod(layer.input_shape[1:]), math.prod(layer.output_shape[1:])
+        macs = method.macs(layer.weight_shape, rank, pixels_in, pixels_out)
+        channels, parts = outputs + rank, 2
+    if option.scheme == KEEP or option.weight_bits is None:
+        size = FLOAT_BYTES * (weights + bias)
+    else:
+        size = math.ceil(weights * option.weight_bits / 8)
+        size += 5 * channels + FLOAT_BYTES * bias + parts * target.layer_bytes
+    return Cost(weights + bias, macs, size)

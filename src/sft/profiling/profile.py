@@ -1,0 +1,162 @@
+"""The verb `profile`: everything about a network on data that later steps need, measured once."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sft.core.data import Data, fingerprint_data
+from sft.core.errors import InputError
+from sft.core.progress import say, track
+from sft.core.records import Candidate, Inspection, Layer, LayerProfile, Profile, Target
+from sft.core.statistics import Statistics, load_statistics, save_statistics
+from sft.decompositions import factorize
+from sft.models.inspect import inspect
+from sft.profiling.candidates import menu, schemes_for, with_damage
+from sft.profiling.damage import collect_inputs, divergence, run
+from sft.profiling.statistics import gather_statistics
+from sft.runtimes.targets import find_target
+from sft.surgery.modules import fold_batch_norm, get_module, replace_module
+
+ANCHOR_ERROR = 0.1
+ANCHOR_SAMPLES = 256
+PROFILE_FILE, STATISTICS_FILE = "profile.json", "statistics.safetensors"
+
+
+def profile(
+    model: nn.Module,
+    data: Data,
+    target: str = "onnxruntime",
+    *,
+    name: str = "model",
+    data_free: bool = False,
+    seed: int = 0,
+) -> Profile:
+    """Measure every layer's menu: each option with its expected damage and its cost.
+
+    The calibration split is read once for the statistics, and its first samples once more for the
+    anchors: for each layer and scheme one factorised stand-in is put into the network and the
+    divergence from the original's outputs is measured; it scales the closed-form errors.
+
+    data_free : use plain SVD of the weights instead of the statistics (to compare).
+    The model is not changed. Raises `InputError` if it or the data cannot be used.
+    """
+    data.check()
+    found = find_target(target)
+    example = data.example()
+    original = inspect(model, example, name)
+    folded = fold_batch_norm(model, example.to(_device(model)))
+    inside = inspect(folded, example, name)
+    split = [x.name for x in inside.layers if schemes_for(x, get_module(folded, x.name))[1]]
+    statistics, samples = gather_statistics(folded, split, data.calibration)
+    used = {} if data_free else statistics
+    layers = _measure(folded, inside, used, data, found)
+    return Profile(
+        model=name,
+        target=found.name,
+        fingerprint=fingerprint(model, data, found, data_free, seed),
+        samples=samples,
+        params=original.params,
+        macs=original.macs,
+        size=4 * original.params,
+        overhead_macs=inside.macs - sum(x.macs for x in inside.layers),
+        layers=tuple(layers),
+        seed=seed,
+        input_shape=tuple(example.shape[1:]),
+        statistics=used,
+    )
+
+
+def fingerprint(model: nn.Module, data: Data, target: Target, data_free: bool, seed: int) -> str:
+    """What a profile depends on, in a short hash: weights, data, target, options, torch."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
+    digest.update(fingerprint_data(data.calibration).encode())
+    digest.update(f"{target.to_json()} {data_free} {seed} {torch.__version__}".encode())
+    return digest.hexdigest()[:16]
+
+
+def save_profile(measured: Profile, folder: str | Path) -> None:
+    """Store a profile: a JSON record and, beside it, the statistics."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_statistics(measured.statistics or {}, folder / STATISTICS_FILE)
+    measured.save(folder / PROFILE_FILE)
+
+
+def load_profile(folder: str | Path) -> Profile:
+    """Read what `save_profile` stored; raises `InputError` for anything else."""
+    import dataclasses
+
+    folder = Path(folder)
+    if not (folder / PROFILE_FILE).is_file():
+        raise InputError(
+            f"'{folder}' holds no {PROFILE_FILE}. `sft profile -o {folder}` makes one."
+        )
+    measured = Profile.load(folder / PROFILE_FILE)
+    return dataclasses.replace(measured, statistics=load_statistics(folder / STATISTICS_FILE))
+
+
+def _measure(
+    folded: nn.Module,
+    inside: Inspection,
+    statistics: dict[str, Statistics],
+    data: Data,
+    target: Target,
+) -> list[LayerProfile]:
+    inputs = collect_inputs(data.calibration, ANCHOR_SAMPLES)
+    reference = run(folded, inputs)
+    measured: list[LayerProfile] = []
+    for layer in track(inside.layers, "layers profiled", len(inside.layers)):
+        module = get_module(folded, layer.name)
+        candidates = menu(layer, module, statistics.get(layer.name), target)
+        refusals, schemes = schemes_for(layer, module)
+
+        def measure(stand_in: nn.Module, layer: Layer = layer, module: nn.Module = module) -> float:
+            replace_module(folded, layer.name, stand_in)
+            try:
+                return divergence(reference, run(folded, inputs))
+            finally:
+                replace_module(folded, layer.name, module)
+
+        alphas = {
+            scheme: _alpha(scheme, module, candidates, statistics.get(layer.name), measure)
+            for scheme in schemes
+            if any(c.option.scheme == scheme for c in candidates)
+        }
+        measured.append(
+            LayerProfile(_with_refusals(layer, refusals), alphas, with_damage(candidates, alphas))
+        )
+    say(f"  profiled {len(measured)} layers on {len(inputs)} anchor samples")
+    return measured
+
+
+def _alpha(
+    scheme: str,
+    module: nn.Module,
+    candidates: list[Candidate],
+    statistics: Statistics | None,
+    measure: Callable[[nn.Module], float],
+) -> float:
+    """Measured damage per unit of error, at the rank whose error is nearest to the anchor's."""
+    own = [c for c in candidates if c.option.scheme == scheme]
+    anchor = min(own, key=lambda c: abs(c.error - ANCHOR_ERROR))
+    damage = measure(factorize(module, scheme, anchor.option.rank[0], statistics))
+    return max(damage, 1e-9) / max(anchor.error, 1e-9)
+
+
+def _with_refusals(layer: Layer, refusals: dict[str, str]) -> Layer:
+    import dataclasses
+
+    return dataclasses.replace(layer, refusals=refusals)
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")

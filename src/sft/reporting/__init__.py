@@ -1,0 +1,1 @@
+"""What people read: text and CSV tables, and one self-contained HTML page."""

@@ -1,0 +1,1 @@
+"""Changes to models: always on a copy."""

@@ -1,0 +1,106 @@
+"""Modules by name, and batch norm folded into the convolution before it."""
+
+import warnings
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from sft.core.copies import copy_module
+from sft.core.errors import InputError
+
+aten = torch.ops.aten
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """The module called `name`; raises `InputError` that lists what is beside it."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise InputError(f"The model has no layer '{name}'. `sft inspect` lists them.") from None
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module called `name` is (in `model` itself)."""
+    parent, _, last = name.rpartition(".")
+    setattr(get_module(model, parent) if parent else model, last, new)
+
+
+def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
+    """The model's graph for any batch size, by `torch.export`, in evaluation.
+
+    example : ``(1, ...)``. Raises `InputError` that says why the model cannot be captured.
+    """
+    pair = torch.cat([example[:1], example[:1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(
+                model, (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise InputError(
+                f"The model cannot be captured as a graph for any batch size: {reason} "
+                "torch.export must accept it: remove branches on tensor values and fixed batch "
+                "sizes from its forward."
+            ) from error
+        graph = program.module()
+    assert isinstance(graph, GraphModule)
+    _drop_guards(graph)
+    return graph
+
+
+def fold_batch_norm(model: nn.Module, example: torch.Tensor) -> nn.Module:
+    """A copy of the model (eval mode) in which each batch norm is part of its convolution.
+
+    Only a batch norm that reads nothing but one convolution's output is folded; the outputs stay
+    the same up to rounding. The norm's place is taken by `nn.Identity`.
+    """
+    folded = copy_module(model)
+    for conv_name, norm_name in _conv_norm_pairs(capture(folded, example)):
+        conv, norm = get_module(folded, conv_name), get_module(folded, norm_name)
+        if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _statistics_missing(norm):
+            continue
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight,
+            conv.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        conv.weight, conv.bias = weight, bias
+        replace_module(folded, norm_name, nn.Identity())
+    return folded
+
+
+def _conv_norm_pairs(graph: GraphModule) -> list[tuple[str, str]]:
+    seen: list[tuple[str, str]] = []
+    convs = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+    for node in graph.graph.nodes:
+        source = node.args[0] if node.target == aten.batch_norm.default else None
+        if isinstance(source, Node) and source.target in convs and len(source.users) == 1:
+            weight, mean = source.args[1], node.args[3]
+            if isinstance(weight, Node) and isinstance(mean, Node):
+                seen.append((_owner(weight), _owner(mean)))
+    convs_used = [conv for conv, _ in seen]
+    return [pair for pair in seen if convs_used.count(pair[0]) == 1]
+
+
+def _owner(attribute: Node) -> str:
+    return str(attribute.target).rpartition(".")[0]
+
+
+def _statistics_missing(norm: nn.Module) -> bool:
+    return getattr(norm, "running_mean", None) is None
+
+
+def _drop_guards(graph: GraphModule) -> None:
+    """Remove the node that re-checks the example's shape: the graph serves any batch size."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.graph.erase_node(node)
+    graph.recompile()

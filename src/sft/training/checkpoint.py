@@ -1,0 +1,115 @@
+"""The state of a training run in one safetensors file, whole at every moment."""
+
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from sft.core.errors import InputError
+from sft.core.files import write_bytes
+from sft.core.progress import say
+
+SAVE_SECONDS = 20.0
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, those included that a state dict leaves out."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def save_state(model: nn.Module, path: Path) -> None:
+    """Store every parameter and buffer."""
+    whole = {k: v.detach().cpu().contiguous().clone() for k, v in state_of(model).items()}
+    write_bytes(path, save(whole))
+
+
+def load_state(model: nn.Module, path: Path) -> None:
+    """Put back what `save_state` stored; raises `InputError` if it does not fit."""
+    try:
+        with safe_open(path, "pt") as stored:
+            restore(model, {key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"'{path}' does not fit the network ({error}). Delete it.") from None
+
+
+def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy tensors into the parameters and buffers of those names; buffers may change shape."""
+    with torch.no_grad():
+        for key, value in state_of(model).items():
+            stored = tensors[key].to(value)
+            if value.shape == stored.shape:
+                value.copy_(stored)
+            else:
+                value.set_(stored)
+
+
+class Checkpoint:
+    """Stores weights, buffers and Adam's moments at intervals; reads them back once.
+
+    With `path=None` nothing is stored.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        model: nn.Module,
+        optimizer: torch.optim.Adam,
+        interval: float | None = None,
+    ) -> None:
+        self.path, self.model, self.optimizer = path, model, optimizer
+        self.interval = SAVE_SECONDS if interval is None else interval
+        self.started = self.saved = time.monotonic()
+        self.first = 0
+
+    def resume(self) -> int:
+        """Load the stored state, if there is one; returns the step to go on from."""
+        if self.path is None or not self.path.is_file():
+            return 0
+        try:
+            with safe_open(self.path, "pt") as stored:
+                self.first = int(stored.metadata()["step"])
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            self._restore(tensors)
+        except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"The training state '{self.path}' does not fit ({error}). Delete it to start anew."
+            ) from None
+        say(f"  resumed at step {self.first}")
+        return self.first
+
+    def save_if_due(self, step: int) -> None:
+        if self.path is not None and time.monotonic() - self.saved >= self.interval:
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Store the state as of `step` finished steps."""
+        assert self.path is not None
+        tensors = {f"model:{k}": v for k, v in state_of(self.model).items()}
+        for index, parameter in enumerate(self._parameters()):
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"adam:{index}:{key}"] = value
+        whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        write_bytes(self.path, save(whole, metadata={"step": str(step)}))
+        self.saved = time.monotonic()
+
+    def seconds_left(self, step: int, steps: int) -> float:
+        done = max(step - self.first, 1)
+        return (time.monotonic() - self.started) / done * (steps - step)
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return list(self.optimizer.param_groups[0]["params"])
+
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        restore(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model:")})
+        for index, parameter in enumerate(self._parameters()):
+            self.optimizer.state[parameter] = {
+                key: tensors[f"adam:{index}:{key}"].to("cpu" if key == "step" else parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }

@@ -1,0 +1,70 @@
+"""Packed integers: the bits themselves, and a network stored and restored."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from sft.core.budget import Budget
+from sft.core.errors import InputError
+from sft.core.records import Option
+from sft.exporters import load, save_packed
+from sft.exporters.packed import pack_bits, unpack_bits
+from sft.planning.allocate import plan as make_plan
+from sft.profiling.profile import profile
+from sft.runtimes.targets import find_target
+from sft.surgery.apply import apply
+from sft.surgery.quantize import quantize
+
+TARGET = "onnxruntime-avx2"
+
+
+@given(bits=st.integers(2, 8), count=st.integers(0, 70), seed=st.integers(0, 999))
+@settings(max_examples=80, deadline=None)
+def test_packing_is_exact_and_dense(bits: int, count: int, seed: int) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    values = np.random.default_rng(seed).integers(low, high, count).astype(np.int8)
+    stream = pack_bits(values, bits)
+    assert len(stream) == -(-count * bits // 8)
+    assert np.array_equal(unpack_bits(stream, bits, count), values)
+
+
+@pytest.fixture
+def rounded(net, data):
+    plan = make_plan(profile(net, data, TARGET), Budget())
+    plan = plan.replace("body", Option("channel_in", (8,), 4))
+    return quantize(apply(net, plan), plan, find_target(TARGET), data.calibration)
+
+
+def test_a_restored_network_gives_the_same_outputs(rounded, net, data, tmp_path) -> None:
+    size = save_packed(rounded, tmp_path / "m.safetensors")
+    assert size == (tmp_path / "m.safetensors").stat().st_size
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+    restored = load(tmp_path / "m.safetensors", net)
+    x = data.test.inputs
+    torch.testing.assert_close(restored(x), rounded(x), rtol=0, atol=0)
+    torch.testing.assert_close(restored.convert()(x), rounded.convert()(x), rtol=0, atol=0)
+
+
+def test_packed_weights_take_the_bits_of_their_range(rounded, tmp_path) -> None:
+    from safetensors import safe_open
+
+    save_packed(rounded, tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", "pt") as stored:
+        packed = stored.get_tensor("packed:down.weight")
+        four = stored.get_tensor("packed:body.second.weight")
+    assert packed.numel() == 32 * 16 * 9 * 7 / 8
+    assert four.numel() == 16 * 8 * 9 * 4 / 8
+
+
+def test_another_model_and_a_damaged_file_are_refused(rounded, tmp_path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_packed(rounded, path)
+    with pytest.raises(InputError):
+        load(path, torch.nn.Conv2d(1, 3, 3))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="not a packed model"):
+        load(path)

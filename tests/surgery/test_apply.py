@@ -1,0 +1,62 @@
+"""Plans applied to models."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sft.core.budget import Budget
+from sft.core.errors import InputError
+from sft.core.records import Option
+from sft.layers import Conv2dSFT
+from sft.planning.allocate import plan as make_plan
+from sft.profiling.profile import profile
+from sft.surgery.apply import apply
+
+
+@pytest.fixture
+def plan(net, data):
+    return make_plan(profile(net, data, "onnxruntime-avx2"), Budget())
+
+
+def test_only_the_named_layer_is_split_and_the_model_is_untouched(net, plan) -> None:
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    small = apply(net, plan.replace("body", Option("channel_in", (8,))))
+    assert isinstance(small.body, Conv2dSFT)
+    assert small.body.rank == 8
+    assert not isinstance(small.down, Conv2dSFT)
+    assert list(net.state_dict()) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_full_rank_changes_nothing(net, plan) -> None:
+    small = apply(net, plan.replace("body", Option("channel_out", (16,))))
+    x = torch.randn(4, 1, 12, 12)
+    torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_make_the_factors_better_than_plain_svd(net, data, plan) -> None:
+    plan = plan.replace("body", Option("channel_out", (4,)))
+    plain = dataclasses.replace(plan, statistics=None)
+    x = data.calibration.inputs
+    aware, blind = (float((apply(net, p)(x) - net(x)).square().mean()) for p in (plan, plain))
+    assert aware < blind
+
+
+@pytest.mark.parametrize(
+    ("layer", "option", "words"),
+    [
+        ("fc", Option("channel_out", (2,)), "'fc'.*Linear"),
+        ("body", Option("channel_out", (99,)), r"'body' with weight \(16, 16, 3, 3\).*1 to 16"),
+        ("body", Option("no_such", (2,)), "no decomposition 'no_such'"),
+    ],
+)
+def test_nonsense_is_refused_by_layer_name(net, plan, layer, option, words) -> None:
+    with pytest.raises(InputError, match=words):
+        apply(net, plan.replace(layer, option))
+
+
+def test_a_plan_of_another_model_is_refused(net, plan) -> None:
+    rows = (dataclasses.replace(plan.rows[0], name="elsewhere"), *plan.rows[1:])
+    with pytest.raises(InputError, match="elsewhere"):
+        apply(net, dataclasses.replace(plan, rows=rows))

@@ -1,0 +1,221 @@
+"""The command line: verbs, exit codes, one clear paragraph for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from sft.cli import build_parser, main
+
+FACTORY = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import SmallNet, made_data, trained_net
+
+def untrained():
+    return SmallNet()
+
+def data():
+    return made_data()
+
+def broken():
+    raise ValueError("no weights today")
+
+def half(predict, loader):
+    return 0.5
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, net):
+    """A folder with a user's module, weights and data, as the current directory."""
+    name = f"usernet_{os.getpid()}_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(FACTORY.format(tests=str(Path(__file__).parent)))
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main([*arguments, "--quiet"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def model(project: str) -> list[str]:
+    return [f"{project}:untrained", "--weights", "w.safetensors", "--data", f"{project}:data"]
+
+
+def test_compress_prints_the_result_and_writes_it(project, capsys) -> None:
+    code, out, _ = call(
+        capsys, "compress", *model(project), "--size", "0.9", "--macs", "0.7", "--evaluate", "top1",
+        "--steps", "5", "--integer-steps", "3", "-o", "out", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out) == json.loads(Path("out/result.json").read_text())
+
+
+def test_the_steps_one_by_one(project, capsys) -> None:
+    net = model(project)
+    assert call(capsys, "inspect", *net)[0] == 0
+    assert call(capsys, "profile", *net, "-o", "p")[0] == 0
+    code, out, _ = call(capsys, "plan", "p", "--macs", "0.7", "-o", "plan.json", "--json")
+    assert code == 0
+    assert json.loads(out)["cost"]["macs"] <= 0.7 * json.loads(out)["original"]["macs"]
+    planned = ["--plan", "plan.json", "--profile", "p"]
+    assert call(capsys, "apply", *net, *planned, "-o", "a.safetensors")[0] == 0
+    assert call(capsys, "finetune", *net, *planned, "--steps", "3", "-o", "t.safetensors")[0] == 0
+    assert Path("a.safetensors").read_bytes() != Path("t.safetensors").read_bytes()
+    plain = call(capsys, "export", *net, *planned, "-o", "plain.onnx")
+    tuned = call(capsys, "export", *net, *planned, "--tuned", "t.safetensors", "-o", "m.onnx")
+    assert plain[0] == tuned[0] == 0
+    assert Path("plain.onnx").read_bytes() != Path("m.onnx").read_bytes()
+    code, out, _ = call(capsys, "verify", "m.onnx", *net, "--json")
+    assert code == 0
+    assert json.loads(out)["integer_macs_fraction"] == 1.0
+    code, out, _ = call(capsys, "benchmark", "m.onnx", "plain.onnx", "--json")
+    assert code == 0
+    assert len(json.loads(out)) == 2
+
+
+def test_a_plan_edited_by_hand_is_followed_or_refused_by_layer_name(project, capsys) -> None:
+    net = model(project)
+    call(capsys, "profile", *net, "-o", "p")
+    call(capsys, "plan", "p", "-o", "plan.json")
+    text = json.loads(Path("plan.json").read_text())
+    row = next(r for r in text["rows"] if r["name"] == "body")
+    row["option"] = {"scheme": "channel_in", "rank": [8], "weight_bits": 8}
+    Path("plan.json").write_text(json.dumps(text))
+    planned = ["--plan", "plan.json", "--profile", "p"]
+    assert call(capsys, "apply", *net, *planned, "-o", "a.safetensors")[0] == 0
+    from safetensors.torch import load_file
+
+    assert load_file("a.safetensors")["body.first.weight"].shape == (8, 16, 1, 1)
+    row["option"]["rank"] = [900]
+    Path("plan.json").write_text(json.dumps(text))
+    code, _, err = call(capsys, "apply", *net, *planned, "-o", "b.safetensors")
+    assert code == 2
+    assert "'body'" in err
+    row["option"]["scheme"] = 7
+    Path("plan.json").write_text(json.dumps(text))
+    assert call(capsys, "apply", *net, *planned, "-o", "b.safetensors")[0] == 2
+    assert not Path("b.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (["no_such_module_at_all:net"], 2, "no_such_module_at_all"),
+        (["{name}:no_such_factory"], 2, "no_such_factory"),
+        (["{name}:broken"], 2, "no weights today"),
+        (["no-such-model"], 2, "no-such-model"),
+        (["missing.pt2"], 2, "missing.pt2"),
+        (["{name}:untrained", "--weights", "missing.safetensors"], 2, "missing.safetensors"),
+        (["{name}:untrained", "--data", "npz:missing.npz"], 2, "missing.npz"),
+        (["{name}:untrained", "--data", "npz:threes.npz"], 2, "12"),
+        (["{name}:untrained", "--data", "npz:empty.npz"], 2, "empty"),
+        (["{name}:untrained", "--data", "npz:nan.npz"], 2, "NaN"),
+        (["{name}:untrained", "--data", "nonsense"], 2, "nonsense"),
+        (["{name}:untrained", "--target", "toaster"], 2, "toaster"),
+        (["{name}:untrained", "--size", "7"], 2, "size=7"),
+        (["{name}:untrained", "--macs", "0.001"], 1, "smallest"),
+        (["{name}:untrained", "--keep", "nothing*"], 2, "nothing"),
+        (["{name}:untrained", "-o", "w.safetensors/out"], 2, "cannot be written"),
+        (["{name}:untrained", "--evaluate", "{name}:missing"], 2, "missing"),
+    ],
+)
+def test_every_mistake_gives_a_paragraph_and_an_exit_code(
+    project, capsys, change, code, words
+) -> None:
+    x = np.zeros((4, 3, 12, 12), np.float32)
+    np.savez("threes.npz", x=x)
+    np.savez("empty.npz", x=x[:0])
+    np.savez("nan.npz", x=np.full((4, 1, 12, 12), np.nan, np.float32))
+    arguments = [c.format(name=project) for c in change]
+    if "--data" not in arguments:
+        arguments += ["--data", f"{project}:data"]
+    if not any(a in arguments for a in ("--size", "--macs")):
+        arguments += ["--size", "0.9"]
+    before = sorted(p.name for p in Path().iterdir())
+    got, out, err = call(capsys, "compress", *arguments)
+    assert got == code
+    assert words in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+    after = sorted(p.name for p in Path().iterdir() if p.name not in ("__pycache__", "out"))
+    assert after == [b for b in before if b != "__pycache__"]
+    assert not list(Path().glob("out/*.json"))
+
+
+def test_a_users_score_is_called(project, capsys) -> None:
+    code, out, _ = call(
+        capsys, "compress", *model(project), "--size", "0.9", "--steps", "0",
+        "--integer-steps", "0", "--evaluate", f"{project}:half", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["after"]["score"] == 0.5
+
+
+def test_a_missed_score_exits_with_1(project, capsys) -> None:
+    arguments = ["compress", f"{project}:untrained", "--data", f"{project}:data"]
+    code, _, err = call(
+        capsys, *arguments, "--macs", "0.45", "--max-drop", "0", "--steps", "0",
+        "--integer-steps", "0", "--data", f"{project}:data",
+    )  # fmt: skip
+    stored = json.loads(Path("out/result.json").read_text())
+    assert (code == 0) == stored["budget"]["met"]
+    if code:
+        assert "fell" in err
+
+
+def test_a_damaged_result_is_refused(project, capsys) -> None:
+    Path("r.json").write_text("{")
+    code, _, err = call(capsys, "report", "r.json")
+    assert code == 2
+    assert "r.json" in err
+
+
+def test_list_names_what_there_is(capsys) -> None:
+    code, out, _ = call(capsys, "list")
+    assert code == 0
+    assert "channel_out" in out
+    assert "onnxruntime-avx2" in out
+
+
+def test_usage_errors_exit_with_2() -> None:
+    for arguments in ([], ["nonsense"], ["compress"]):
+        with pytest.raises(SystemExit) as error:
+            build_parser().parse_args(arguments)
+        assert error.value.code == 2
+
+
+def test_interruption_exits_with_130(project, capsys, monkeypatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sft.models.load.load_model", interrupt)
+    code, _, err = call(capsys, "inspect", *model(project))
+    assert code == 130
+    assert "interrupted" in err
+
+
+def test_an_internal_error_exits_with_3(project, capsys, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("sft.models.load.load_model", fail)
+    assert call(capsys, "inspect", *model(project))[0] == 3
+
+
+def test_the_module_runs_as_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sft", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "compress" in done.stdout
