@@ -47,6 +47,12 @@ def search(
     return _bisect(budget, score_before, attempt, make_plan, budget.minimize or "size", limited)
 
 
+def _limited(budget: Budget, cost: str, fraction: float) -> Budget:
+    if cost == "size":
+        return dataclasses.replace(budget, size=fraction)
+    return dataclasses.replace(budget, macs=fraction)
+
+
 def _bisect(
     budget: Budget,
     score_before: float,
@@ -64,7 +70,7 @@ def _bisect(
     for number in range(TRIALS):
         fraction = high if number == 0 and limited else (low + high) / 2
         try:
-            plan = make_plan(dataclasses.replace(budget, **{cost: fraction}))
+            plan = make_plan(_limited(budget, cost, fraction))
         except BudgetError:
             if number == TRIALS - 1 and best is None and closest == float("-inf"):
                 raise

@@ -225,7 +225,8 @@ def _training(options: argparse.Namespace) -> "Training":
 
 def _plan(options: argparse.Namespace) -> "Plan":
     from sft.core.records import Plan
-    from sft.profiling.profile import STATISTICS_FILE, load_statistics
+    from sft.core.statistics import load_statistics
+    from sft.profiling.profile import STATISTICS_FILE
 
     chosen = Plan.load(options.plan)
     folder = Path(options.profile) if options.profile else Path(options.plan).parent / "profile"

@@ -7,7 +7,7 @@ tensor and the second the targets.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         count = len(self.inputs)
         order = torch.randperm(count) if self.shuffle else torch.arange(count)
-        for picked in order.split(self.batch_size)[: len(self)]:
+        for index in range(len(self)):
+            picked = order[index * self.batch_size : (index + 1) * self.batch_size]
             x = self.inputs[picked]
             x = x if self.transform is None else self.transform(x)
             yield x if self.targets is None else (x, self.targets[picked])
@@ -88,14 +89,15 @@ class Data:
     def check(self) -> None:
         """Raise `InputError` if a split is empty, not finite, or of another sample shape.
 
-        Reads the first batch of each split.
+        Reads the first batch of each split; torch's global generator is left as it was.
         """
         shape: tuple[int, ...] | None = None
         for name in SPLITS:
             loader = getattr(self, name)
             if loader is None:
                 continue
-            batch = next(iter(loader), None)
+            with torch.random.fork_rng(devices=[]):
+                batch = next(iter(loader), None)
             if batch is None or len(inputs_of(batch)) == 0:
                 raise InputError(f"The {name} data is empty: at least one batch is needed.")
             x = inputs_of(batch)
@@ -106,6 +108,11 @@ class Data:
                     f"calibration data {shape}. All splits must agree."
                 )
             shape = tuple(x.shape[1:])
+
+
+def length_of(loader: Loader) -> int:
+    """How many batches a loader says it has; 0 if it does not say."""
+    return len(loader) if isinstance(loader, Sized) else 0
 
 
 def inputs_of(batch: Any) -> torch.Tensor:

@@ -35,7 +35,7 @@ class VerificationError(SFTError):
     exit_code = 1
 
 
-class RuntimeFailure(SFTError):
+class RuntimeFailure(SFTError):  # noqa: N818 (RuntimeError is Python's)
     """The target runtime crashed on the file, or refused it."""
 
     exit_code = 3

@@ -52,7 +52,8 @@ def load_statistics(path: Path) -> dict[str, Statistics]:
             counts = json.loads(stored.metadata()["counts"])
             return {
                 name: Statistics(
-                    *(stored.get_tensor(f"{name}:{field}") for field in FIELDS), count=count
+                    **{field: stored.get_tensor(f"{name}:{field}") for field in FIELDS},
+                    count=count,
                 )
                 for name, count in counts.items()
             }

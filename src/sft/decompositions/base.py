@@ -53,6 +53,20 @@ def unsupported_convolution(layer: nn.Module) -> str | None:
     return None
 
 
+def shift_bias(second: nn.Conv2d, bias: torch.Tensor | None, lost: torch.Tensor | None) -> None:
+    """Give the last factor the dense layer's bias plus the mean output that was lost.
+
+    lost : ``(O,)``, or None without statistics. A layer without a bias gets one if something
+    was lost.
+    """
+    if lost is None:
+        if bias is not None and second.bias is not None:
+            second.bias.data.copy_(bias.detach())
+        return
+    whole = lost if bias is None else lost + bias.detach().double().cpu()
+    second.bias = nn.Parameter(whole.to(second.weight))
+
+
 def relative_tail(spectrum: torch.Tensor) -> torch.Tensor:
     """Share of the energy that is dropped at rank 1, 2, ...
 

@@ -11,7 +11,12 @@ import torch
 from torch import nn
 
 from sft.core.statistics import Statistics
-from sft.decompositions.base import descending_eigh, relative_tail, unsupported_convolution
+from sft.decompositions.base import (
+    descending_eigh,
+    relative_tail,
+    shift_bias,
+    unsupported_convolution,
+)
 from sft.layers import Conv2dSFT
 
 REGULARISATION = 1e-6
@@ -58,14 +63,12 @@ class ChannelIn:
         kernel = second.reshape(outputs, height, width, rank).permute(0, 3, 1, 2)
         small.first.weight.data.copy_(first.reshape(small.first.weight.shape))
         small.second.weight.data.copy_(kernel)
-        if small.second.bias is not None:
-            bias = layer.bias.detach().double().cpu() if layer.bias is not None else 0.0
-            dropped = torch.zeros(outputs, dtype=torch.float64)
-            if statistics is not None:
-                product = (second @ first).reshape(outputs, height, width, inputs)
-                lost = weight.double().cpu() - product.permute(0, 3, 1, 2)
-                dropped = lost.flatten(1) @ statistics.patch_mean
-            small.second.bias.data.copy_(bias + dropped)
+        lost = None
+        if statistics is not None:
+            product = (second @ first).reshape(outputs, height, width, inputs)
+            missing = weight.double().cpu() - product.permute(0, 3, 1, 2)
+            lost = missing.flatten(1) @ statistics.patch_mean
+        shift_bias(small.second, layer.bias, lost)
         return small
 
     def _basis(

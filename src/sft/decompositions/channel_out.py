@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from sft.core.statistics import Statistics
-from sft.decompositions.base import descending_eigh, relative_tail, unsupported_convolution
+from sft.decompositions.base import (
+    descending_eigh,
+    relative_tail,
+    shift_bias,
+    unsupported_convolution,
+)
 from sft.layers import Conv2dSFT
 
 
@@ -47,13 +52,11 @@ class ChannelOut:
         small = Conv2dSFT.like(layer, rank, self.name)
         small.first.weight.data.copy_((kept.T @ matrix).reshape(small.first.weight.shape))
         small.second.weight.data.copy_(kept.reshape(small.second.weight.shape))
-        if small.second.bias is not None:
-            bias = layer.bias.detach().double().cpu() if layer.bias is not None else 0.0
-            dropped = torch.zeros(len(basis), dtype=torch.float64)
-            if statistics is not None:
-                mean = matrix @ statistics.patch_mean
-                dropped = mean - kept @ (kept.T @ mean)
-            small.second.bias.data.copy_(bias + dropped)
+        lost = None
+        if statistics is not None:
+            mean = matrix @ statistics.patch_mean
+            lost = mean - kept @ (kept.T @ mean)
+        shift_bias(small.second, layer.bias, lost)
         return small
 
     def _basis(

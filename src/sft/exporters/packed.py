@@ -36,7 +36,8 @@ def unpack_bits(stream: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDA
     expanded = np.unpackbits(stream, count=count * bits).reshape(count, bits).astype(np.int64)
     unsigned = (expanded << np.arange(bits)).sum(1)
     signed = np.where(unsigned >> (bits - 1), unsigned - (1 << bits), unsigned)
-    return signed.astype(np.int8)
+    narrow: npt.NDArray[np.int8] = signed.astype(np.int8)
+    return narrow
 
 
 def save_packed(model: QuantizedModel, path: Path) -> int:
@@ -57,13 +58,14 @@ def save_packed(model: QuantizedModel, path: Path) -> int:
     for name, activation in model.activations().items():
         limits = torch.stack([activation.low, activation.high])
         tensors[f"range:{name}"] = limits.detach().cpu()
-    metadata = {
-        "format": str(FORMAT),
+    note = {
+        "format": FORMAT,
         "target": model.target.name,
-        "layout": json.dumps(layout, separators=(",", ":")),
-        "plan": json.dumps(model.plan.to_dict(), separators=(",", ":")),
+        "layout": layout,
+        "plan": model.plan.to_dict(),
     }
-    content = save(tensors, metadata=metadata)
+    # One key only: safetensors stores several in an order that differs from run to run.
+    content = save(tensors, metadata={"sft": json.dumps(note, separators=(",", ":"))})
     write_bytes(path, content)
     return len(content)
 
@@ -79,11 +81,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
     check_manifest(path)
     try:
         with safe_open(path, "pt") as stored:
-            metadata = stored.metadata()
+            note = json.loads(stored.metadata()["sft"])
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        plan = Plan.from_json(metadata["plan"], str(path))
-        layout = json.loads(metadata["layout"])
-        target = find_target(metadata["target"])
+        plan = Plan.from_json(json.dumps(note["plan"]), str(path))
+        layout = note["layout"]
+        target = find_target(note["target"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"'{path}' is not a packed model of SFT: {error}.") from None
     original = load_model(plan.model) if model is None else model

@@ -42,4 +42,4 @@ def collect_inputs(loader: Loader, count: int) -> torch.Tensor:
 def run(model: nn.Module, inputs: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
     """Outputs of a model on many samples, batch by batch, on the CPU."""
     device = next(model.parameters()).device
-    return torch.cat([model(x.to(device)).cpu() for x in inputs.split(batch_size)])
+    return torch.cat([model(x.to(device)).cpu() for x in torch.split(inputs, batch_size)])

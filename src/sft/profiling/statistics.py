@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sft.core.data import Loader, check_finite, inputs_of
+from sft.core.data import Loader, check_finite, inputs_of, length_of
 from sft.core.errors import InputError
 from sft.core.progress import track
 from sft.core.statistics import Statistics
@@ -82,8 +82,7 @@ def gather_statistics(
         hooks.append(conv.register_forward_hook(_adder(gathered)))
     samples = 0
     try:
-        total = len(loader) if hasattr(loader, "__len__") else 0
-        for batch in track(loader, "calibration batches", total):
+        for batch in track(loader, "calibration batches", length_of(loader)):
             x = inputs_of(batch)
             check_finite(x, "calibration")
             model(x.to(device))

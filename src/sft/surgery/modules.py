@@ -11,6 +11,8 @@ from sft.core.copies import copy_module
 from sft.core.errors import InputError
 
 aten = torch.ops.aten
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
@@ -61,7 +63,9 @@ def fold_batch_norm(model: nn.Module, example: torch.Tensor) -> nn.Module:
     folded = copy_module(model)
     for conv_name, norm_name in _conv_norm_pairs(capture(folded, example)):
         conv, norm = get_module(folded, conv_name), get_module(folded, norm_name)
-        if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _statistics_missing(norm):
+        if not isinstance(conv, CONVOLUTIONS) or not isinstance(norm, NORMS):
+            continue
+        if norm.running_mean is None or norm.running_var is None:
             continue
         weight, bias = fuse_conv_bn_weights(
             conv.weight,
@@ -92,10 +96,6 @@ def _conv_norm_pairs(graph: GraphModule) -> list[tuple[str, str]]:
 
 def _owner(attribute: Node) -> str:
     return str(attribute.target).rpartition(".")[0]
-
-
-def _statistics_missing(norm: nn.Module) -> bool:
-    return getattr(norm, "running_mean", None) is None
 
 
 def _drop_guards(graph: GraphModule) -> None:

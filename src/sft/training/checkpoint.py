@@ -43,7 +43,7 @@ def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             if value.shape == stored.shape:
                 value.copy_(stored)
             else:
-                value.set_(stored)
+                value.data = stored
 
 
 class Checkpoint:

@@ -105,12 +105,13 @@ def _loss(
     student: nn.Module, teacher: nn.Module | None, batch: Any, device: torch.device
 ) -> torch.Tensor:
     x = inputs_of(batch).to(device)
-    outputs = student(x)
+    outputs: torch.Tensor = student(x)
     if teacher is None:
         targets = targets_of(batch)
         if targets is None:
             raise InputError("Without a teacher, fine-tuning needs loaders of (inputs, targets).")
-        return functional.cross_entropy(outputs, targets.to(device))
+        wanted = torch.as_tensor(targets, device=device)
+        return functional.cross_entropy(outputs, wanted)
     with torch.no_grad():
         wanted = teacher(x)
     if wanted.ndim == 2 and wanted.shape[1] > 1:
@@ -118,4 +119,5 @@ def _loss(
             outputs.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True
         )
     scale = (wanted - wanted.mean()).square().mean().clamp_min(1e-12)
-    return (outputs - wanted).square().mean() / scale
+    error: torch.Tensor = (outputs - wanted).square().mean() / scale
+    return error

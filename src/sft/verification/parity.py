@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from sft.core.data import Data, Evaluate, Loader, Predict, inputs_of
+from sft.core.data import Data, Evaluate, Loader, Predict, inputs_of, length_of
 from sft.core.errors import InputError
 from sft.core.files import sha256
 from sft.core.progress import track
@@ -107,8 +107,7 @@ def _compare(
     worst = signal = noise = 0.0
     alike = alike_simulation = count = 0
     finite = True
-    total = len(loader) if hasattr(loader, "__len__") else 0
-    for batch in track(loader, "batches compared", total):
+    for batch in track(loader, "batches compared", length_of(loader)):
         x = inputs_of(batch)
         x = x if samples is None else x[: samples - count]
         outputs, wanted = predict(x), simulated(x)
