@@ -26,6 +26,7 @@ RUNGS = {
     "verification": 5,
     "pipeline": 6,
     "accuracy_floor": 6,
+    "job": 6,
     "outcome": 6,
     "workspace": 6,
     "commands": 7,

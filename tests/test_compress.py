@@ -92,7 +92,7 @@ def test_the_same_request_gives_byte_equal_files(net, data, tmp_path) -> None:
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(
     net, data, tmp_path, monkeypatch
 ) -> None:
-    import sft.pipeline as pipeline
+    import sft.job as job
 
     def run(name: str):
         return compress(net, data, BUDGET, out=tmp_path / name, training=QUICK)
@@ -103,12 +103,12 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr(pipeline, "quantize", interrupt)
+        patched.setattr(job, "quantize", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run("b")
     assert not (tmp_path / "b" / "result.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "profile", interrupt)  # must not be measured again
+        patched.setattr(job, "profile", interrupt)  # must not be measured again
         resumed = run("b")
     assert resumed.artifact.sha256 == whole.artifact.sha256
     assert not (tmp_path / "b" / ".sft-work").exists()

@@ -31,7 +31,7 @@ def search(
     profile: Profile,
     budget: Budget,
     score_before: float,
-    attempt: Callable[[Plan, str], Trial[T]],
+    attempt: Callable[[Plan], Trial[T]],
     make_plan: Callable[[Budget], Plan],
 ) -> Trial[T]:
     """The trial to deliver.
@@ -43,7 +43,7 @@ def search(
     """
     limited = budget.limits(profile.size, profile.macs)
     if budget.max_drop is None or (limited and budget.minimize is None):
-        return attempt(make_plan(budget), "trial")
+        return attempt(make_plan(budget))
     return _bisect(budget, score_before, attempt, make_plan, budget.minimize or "size", limited)
 
 
@@ -56,7 +56,7 @@ def _limited(budget: Budget, cost: str, fraction: float) -> Budget:
 def _bisect(
     budget: Budget,
     score_before: float,
-    attempt: Callable[[Plan, str], Trial[T]],
+    attempt: Callable[[Plan], Trial[T]],
     make_plan: Callable[[Budget], Plan],
     cost: str,
     limited: dict[str, float],
@@ -78,7 +78,8 @@ def _bisect(
             continue
         key = tuple(str(row.option) for row in plan.rows)
         if key not in done:
-            done[key] = attempt(plan, f"trial {number + 1} ({cost} {fraction:.3f})")
+            say(f"trial {number + 1} of {TRIALS}: {cost} at most {fraction:.3f}")
+            done[key] = attempt(plan)
         trial = done[key]
         closest = max(closest, trial.score)
         say(f"  {cost} {fraction:.3f}: score {trial.score:.4f}, floor {floor:.4f}")

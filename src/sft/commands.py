@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sft.core.data import Data, Evaluate
     from sft.core.records import Artifact, Plan, Record
-    from sft.pipeline import Training
+    from sft.job import Training
 
 DEMO_OUT = "out/demo"
 DEMO_BUDGET = Budget(size=0.1, macs=0.25, max_drop=0.005)
@@ -216,7 +216,7 @@ def _budget(options: argparse.Namespace) -> Budget:
 
 
 def _training(options: argparse.Namespace) -> "Training":
-    from sft.pipeline import Training
+    from sft.job import Training
 
     names = [f.name for f in dataclasses.fields(Training)]
     given = {n: getattr(options, n) for n in names if getattr(options, n, None) is not None}

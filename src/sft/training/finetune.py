@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,8 +20,11 @@ CLIP = 1.0
 REPORT_EVERY = 50
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 def finetune(
-    model: nn.Module,
+    model: M,
     train: Loader,
     teacher: nn.Module | None = None,
     *,
@@ -29,7 +32,7 @@ def finetune(
     learning_rate: float = 1e-3,
     seed: int = 0,
     checkpoint: Path | None = None,
-) -> nn.Module:
+) -> M:
     """Train a copy of `model` to give the teacher's outputs; without a teacher, the targets.
 
     The loss is KL(teacher || model) where the outputs are logits ``(N, classes)``, the relative

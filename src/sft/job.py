@@ -1,0 +1,185 @@
+"""One `compress` call: its inputs, its steps (each timed), and where their results are kept."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from sft.accuracy_floor import Trial
+from sft.core.budget import Budget
+from sft.core.data import Data, Evaluate, Loader
+from sft.core.files import write_text
+from sft.core.progress import say
+from sft.core.records import Artifact, Check, Plan, Profile, Target, Timing
+from sft.exporters import export, save_packed
+from sft.outcome import describe, score_file
+from sft.profiling.profile import fingerprint, profile, save_profile
+from sft.reporting.html import report
+from sft.runtimes.runner import benchmark_interleaved
+from sft.surgery.apply import apply
+from sft.surgery.modules import fold_batch_norm
+from sft.surgery.quantize import QuantizedModel, quantize
+from sft.training.finetune import finetune
+from sft.verification.parity import agreement_with, verify
+from sft.workspace import Workspace
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+COMPARED_SAMPLES = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How the compressed network is fine-tuned, with the original as teacher.
+
+    steps : optimiser steps in float; integer_steps : steps with rounding in place. 0 leaves out.
+    """
+
+    steps: int = 500
+    integer_steps: int = 100
+    learning_rate: float = 2e-3
+    integer_learning_rate: float = 3e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A network made from a plan, and its exported file."""
+
+    model: QuantizedModel
+    artifact: Artifact
+
+
+@dataclasses.dataclass
+class Job:
+    """The inputs of a call; `seconds` sums up the time of each kind of step."""
+
+    model: nn.Module
+    data: Data
+    target: Target
+    training: Training
+    evaluate: Evaluate | None
+    name: str
+    seed: int
+    threads: int
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def open(self, out: Path, request: str) -> None:
+        """Check the model on the data; only then touch the output folder."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self.original = fold_batch_norm(self.model, self.data.example().to(device))
+        self.score_of = self.evaluate or agreement_with(self.original)
+        settings = fingerprint(self.model, self.data, self.target, False, self.seed)
+        request = f"{settings} {request} {self.training} {self.evaluate is None} {self.name}"
+        self.work = Workspace(out, hashlib.sha256(request.encode()).hexdigest())
+
+    def profile(self) -> Profile:
+        def measure() -> Profile:
+            say("profile")
+            return profile(self.model, self.data, self.target.name, name=self.name, seed=self.seed)
+
+        return self._timed("profile", lambda: self.work.profiled(measure))
+
+    def export_original(self) -> Artifact:
+        path = self.work.staged / f"original{self.target.suffix}"
+        example = self.data.example()
+        return self._timed(
+            "export", lambda: export(self.original, None, path, self.target.name, example=example)
+        )
+
+    def score(self, artifact: Artifact, loader: Loader) -> float:
+        """The score of an exported file, run in its runtime."""
+        return self._timed("score", lambda: score_file(artifact, self.score_of, loader))
+
+    def build(self, plan: Plan) -> Made:
+        """From a plan to the exported file: split, fine-tune, quantise, fine-tune, export."""
+        key = hashlib.sha256("".join(str(r.option) for r in plan.rows).encode()).hexdigest()[:12]
+        training, calibration = self.training, self.data.calibration
+        small = self._timed("apply", lambda: apply(self.model, plan))
+        small = self._tune(f"{key}-float", small, training.steps, training.learning_rate)
+        rounded = self._timed("quantise", lambda: quantize(small, plan, self.target, calibration))
+        rounded = self._tune(
+            f"{key}-integers", rounded, training.integer_steps, training.integer_learning_rate
+        )
+        path = self.work.root / f"{key}{self.target.suffix}"
+        artifact = self._timed("export", lambda: export(rounded, plan, path, self.target.name))
+        return Made(rounded, artifact)
+
+    def _tune(self, stage: str, network: M, steps: int, learning_rate: float) -> M:
+        def run(module: M, state: Path) -> M:
+            say(f"fine-tune: {steps} steps")
+            return finetune(
+                module, self.data.split("train")[0], self.original,
+                steps=steps, learning_rate=learning_rate, seed=self.seed, checkpoint=state,
+            )  # fmt: skip
+
+        if steps == 0:
+            return network
+        return self._timed("finetune", lambda: self.work.trained(stage, network, run))
+
+    def prove(
+        self, measured: Profile, trial: Trial[Made], budget: Budget, before: Artifact, score: float
+    ) -> tuple[dict[str, Any], Check]:
+        """Touch the test split, once: verify and time both files; returns `result.json`."""
+        test, split = self.data.split("test")
+        say(f"verify and benchmark on the {split} split")
+        made = trial.made
+        artifact = self.work.stage(made.artifact, f"model{self.target.suffix}")
+        check = self._timed("verify", lambda: self._verify(artifact, made.model, test))
+        scores = (self.score(before, test), float(check.score or 0.0))
+        timings = self._timed("benchmark", lambda: self._time(before, artifact))
+        packed = save_packed(made.model, self.work.staged / "model.safetensors")
+        outcome = describe(
+            measured, trial.plan, budget,
+            files=(before, artifact), packed_bytes=(_float_bytes(self.original), packed),
+            timings=timings, check=check, test_scores=scores,
+            validation_scores=(score, trial.score),
+        )  # fmt: skip
+        named = getattr(self.evaluate, "__name__", "score")
+        outcome |= {
+            "metric": "agreement" if self.evaluate is None else named,
+            "split": split,
+            "data": self.data.name,
+            "seed": self.seed,
+            "threads": self.threads,
+            "seconds": {step: round(spent, 2) for step, spent in self.seconds.items()},
+        }
+        return outcome, check
+
+    def deliver(self, outcome: dict[str, Any], measured: Profile, plan: Plan) -> None:
+        """Write the records and the page beside the files, then move all into the output folder."""
+        staged = self.work.staged
+        save_profile(measured, staged / "profile")
+        plan.save(staged / "plan.json")
+        write_text(staged / "result.json", json.dumps(outcome, indent=1) + "\n")
+        report(staged / "report.html", outcome)
+        self.work.deliver()
+
+    def _verify(self, artifact: Artifact, simulation: QuantizedModel, test: Loader) -> Check:
+        return verify(
+            artifact, self.original, test, self.score_of,
+            simulation=simulation, samples=COMPARED_SAMPLES, threads=self.threads,
+        )  # fmt: skip
+
+    def _time(self, *artifacts: Artifact) -> tuple[Timing, ...]:
+        return benchmark_interleaved(artifacts, self.target.runtime, self.threads)
+
+    def _timed(self, step: str, work: Callable[[], T]) -> T:
+        started = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - started
+
+
+def _float_bytes(model: nn.Module) -> int:
+    """Size of the network as a plain float32 safetensors file."""
+    tensors = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
+    return len(save(tensors))
