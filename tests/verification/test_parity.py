@@ -59,7 +59,7 @@ def test_against_the_model_itself_the_error_is_measured(artifact, net, data) -> 
     difference = outputs - net(x).detach().numpy()
     assert check.max_abs == pytest.approx(np.abs(difference).max(), rel=1e-4)
     signal = net(x).detach().square().sum()
-    wanted = 10 * np.log10(float(signal) / np.square(difference).sum())
+    wanted = 10 * np.log10(float(signal.detach()) / np.square(difference).sum())
     assert check.sqnr_db == pytest.approx(wanted, abs=0.01)
     assert check.score == check.agreement
 
