@@ -41,6 +41,8 @@ def test_what_is_delivered(result, net, data, tmp_path) -> None:
     assert stored["after"]["packed_bytes"] == (out / "model.safetensors").stat().st_size
     assert stored["after"]["macs"] <= 0.62 * stored["before"]["macs"]
     assert stored["before"]["macs"] == sft.inspect(net, data.example()).macs
+    counted = sum(p.numel() for p in result.model.parameters())
+    assert stored["after"]["params"] == counted == result.plan.cost.params
     assert {row["name"] for row in stored["layers"]} == {"stem", "body", "down", "fc"}
     manifest = json.loads((out / "manifest.json").read_text())["sha256"]
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - {"manifest.json"}

@@ -49,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     _model(compress, score=True)
     _budget(compress)
     _training(compress)
+    compress.add_argument(
+        "--integer-steps", type=int, help="fine-tuning steps with rounding in place"
+    )
+    compress.add_argument("--integer-learning-rate", type=float)
     _out(compress, "out")
     _model(_verb(verbs, "inspect", "list the layers of MODEL", commands.inspect))
     profile = _verb(verbs, "profile", "measure MODEL on data, once", commands.profile)
@@ -142,9 +146,7 @@ def _budget(verb: argparse.ArgumentParser) -> None:
 
 def _training(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--steps", type=int, help="fine-tuning steps in float")
-    verb.add_argument("--integer-steps", type=int, help="fine-tuning steps with rounding in place")
     verb.add_argument("--learning-rate", type=float)
-    verb.add_argument("--integer-learning-rate", type=float)
 
 
 def _out(verb: argparse.ArgumentParser, default: str | None, metavar: str = "DIR") -> None:

@@ -96,7 +96,9 @@ class Job:
 
     def score(self, artifact: Artifact, loader: Loader) -> float:
         """The score of an exported file, run in its runtime."""
-        return self._timed("score", lambda: score_file(artifact, self.score_of, loader))
+        return self._timed(
+            "score", lambda: score_file(artifact, self.score_of, loader, self.threads)
+        )
 
     def build(self, plan: Plan) -> Made:
         """From a plan to the exported file: split, fine-tune, quantise, fine-tune, export."""
@@ -141,6 +143,7 @@ class Job:
             files=(before, artifact), packed_bytes=(_float_bytes(self.original), packed),
             timings=timings, check=check, test_scores=scores,
             validation_scores=(score, trial.score),
+            params=sum(p.numel() for p in made.model.parameters()),
         )  # fmt: skip
         named = getattr(self.evaluate, "__name__", "score")
         outcome |= {

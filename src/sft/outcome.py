@@ -29,11 +29,15 @@ def describe(
     check: Check,
     test_scores: tuple[float, float],
     validation_scores: tuple[float, float],
+    params: int,
 ) -> dict[str, Any]:
-    """Everything of `result.json` that was measured; pairs are (before, after)."""
-    params, macs = (profile.params, plan.cost.params), (profile.macs, plan.cost.macs)
+    """Everything of `result.json` that was measured; pairs are (before, after).
+
+    params : parameters of the network that was exported.
+    """
+    counts, macs = (profile.params, params), (profile.macs, plan.cost.macs)
     before, after = (
-        _side(files[i], packed_bytes[i], params[i], macs[i], test_scores[i], timings[i])
+        _side(files[i], packed_bytes[i], counts[i], macs[i], test_scores[i], timings[i])
         for i in (0, 1)
     )
     bits = [(r.option.weight_bits or 32, r.cost.params) for r in plan.rows]

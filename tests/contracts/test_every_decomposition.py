@@ -19,9 +19,10 @@ NAMES = list(decompositions)
 def geometries(draw: st.DrawFn) -> tuple[nn.Conv2d, torch.Tensor]:
     """A float64 convolution that is not 1x1, and an input for it."""
     kernel = draw(st.sampled_from([(3, 3), (1, 3), (3, 1), (2, 2), (5, 3)]))
+    even = kernel == (2, 2)  # torch warns that "same" may copy the input there
     dilation = draw(st.integers(1, 2))
     padding: str | tuple[int, int] = draw(
-        st.sampled_from([(0, 0), (1, 1), (2, 1), "same", "valid"])
+        st.sampled_from([(0, 0), (1, 1), (2, 1), "valid" if even else "same", "valid"])
     )
     stride = 1 if padding == "same" else draw(st.sampled_from([1, 2, (2, 1)]))
     mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))

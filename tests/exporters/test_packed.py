@@ -68,3 +68,26 @@ def test_another_model_and_a_damaged_file_are_refused(rounded, tmp_path) -> None
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="not a packed model"):
         load(path)
+
+
+def test_a_network_without_biases_and_a_layer_that_stays_float(data, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3, bias=False),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 16, 3, bias=False),
+        torch.nn.ConvTranspose2d(16, 4, 2, stride=2),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+    ).eval()
+    measured = profile(model, data, TARGET)
+    plan = make_plan(measured, Budget(macs=0.8))
+    assert plan.option("2").rank
+    assert plan.option("3").scheme == "keep"
+    small = quantize(apply(model, plan), plan, TARGET, data.calibration)
+    assert "3.weight" not in small.weights()
+    assert plan.cost.params == sum(p.numel() for p in small.parameters())
+    save_packed(small, tmp_path / "m.safetensors")
+    x = data.test.inputs
+    restored = load(tmp_path / "m.safetensors", model)
+    torch.testing.assert_close(restored(x), small(x), rtol=0, atol=0)

@@ -57,6 +57,11 @@ def test_nonsense_is_refused_by_layer_name(net, plan, layer, option, words) -> N
         apply(net, plan.replace(layer, option))
 
 
+def test_a_missing_row_is_named(net, plan) -> None:
+    with pytest.raises(InputError, match="no row for 'stem'"):
+        apply(net, dataclasses.replace(plan, rows=plan.rows[1:]))
+
+
 def test_a_plan_of_another_model_is_refused(net, plan) -> None:
     rows = (dataclasses.replace(plan.rows[0], name="elsewhere"), *plan.rows[1:])
     with pytest.raises(InputError, match="elsewhere"):

@@ -56,14 +56,12 @@ def unsupported_convolution(layer: nn.Module) -> str | None:
 def shift_bias(second: nn.Conv2d, bias: torch.Tensor | None, lost: torch.Tensor | None) -> None:
     """Give the last factor the dense layer's bias plus the mean output that was lost.
 
-    lost : ``(O,)``, or None without statistics. A layer without a bias gets one if something
-    was lost.
+    lost : ``(O,)``, or None without statistics. A split layer always has a bias, zero where there
+    is nothing to put in, so that its form depends on nothing but scheme and rank.
     """
-    if lost is None:
-        if bias is not None and second.bias is not None:
-            second.bias.data.copy_(bias.detach())
-        return
-    whole = lost if bias is None else lost + bias.detach().double().cpu()
+    whole = torch.zeros(second.out_channels, dtype=torch.float64)
+    whole = whole if bias is None else whole + bias.detach().double().cpu()
+    whole = whole if lost is None else whole + lost
     second.bias = nn.Parameter(whole.to(second.weight))
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from sft.core.copies import copy_module
 from sft.core.data import Loader
 from sft.core.errors import InputError
 from sft.core.files import sha256
@@ -76,9 +77,9 @@ def _final_network(
     if plan is None:
         if example is None:
             raise InputError("export of a float model needs example=, one input with batch axis 1.")
-        return model, example[:1].cpu(), False
+        return copy_module(model).cpu(), example[:1].cpu(), False
     if all(row.option.weight_bits is None for row in plan.rows):
-        return model, torch.zeros(1, *plan.input_shape), False
+        return copy_module(model).cpu(), torch.zeros(1, *plan.input_shape), False
     if calibration is None:
         raise InputError(
             "The plan asks for integers: give export calibration= for the activation ranges, or "

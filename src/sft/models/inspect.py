@@ -52,10 +52,11 @@ def inspect(model: nn.Module, example: Tensor, name: str = "model") -> Inspectio
     one sample; those of the whole count every matrix product and convolution, also outside the
     layers (half of what `torch.utils.flop_counter` counts).
 
-    Raises `InputError` if the model does not run on the example, returns something else than a
-    tensor (or a tuple that starts with one), has weights that are not finite, or has no layer.
+    Raises `InputError` if the model does not run on the example, returns something else than one
+    tensor, has weights that are not finite, or has no layer.
     """
     check_model(model, example)
+    example = example.to(next((p.device for p in model.parameters()), example.device))
     with _as_it_was(model):
         traces, macs = _run(model, example)
         found = tuple(_layer(model, m, trace, len(example)) for m, trace in traces.items())
@@ -168,10 +169,10 @@ def _run(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, _Trace], in
     finally:
         for handle in handles:
             handle.remove()
-    if not isinstance(_first(output), Tensor):
+    if not isinstance(output, Tensor):
         raise InputError(
-            f"The model returns {type(output).__name__}; a tensor, or a tuple that starts with a "
-            "tensor, is wanted. Wrap it in a module that returns that."
+            f"The model returns {type(output).__name__}; one tensor is wanted. Wrap the model in "
+            "a module that returns the tensor to be kept."
         )
     return traces, counter.get_total_flops() // 2
 

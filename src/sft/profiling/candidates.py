@@ -12,6 +12,7 @@ from sft.profiling.cost import cost_of
 from sft.quantizers.linear import symmetric_scale
 
 WEIGHT_BITS = 8
+QUANTISABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def schemes_for(layer: Layer, module: nn.Module) -> tuple[dict[str, str], list[str]]:
@@ -31,14 +32,13 @@ def menu(
     """All candidates of a layer with their error and cost; damage is still zero.
 
     Ranks stand on the target's lane multiple and stop where the factors would cost as many
-    multiply-accumulates as the whole kernel.
+    multiply-accumulates as the whole kernel. A layer that cannot be quantised can only be kept.
     """
-    weight = getattr(module, "weight").detach()  # noqa: B009
-    rounding = rounding_error(weight, WEIGHT_BITS, target)
-    options: list[tuple[Option, float]] = [
-        (Option(KEEP, weight_bits=None), 0.0),
-        (Option(DENSE, weight_bits=WEIGHT_BITS), rounding),
-    ]
+    options: list[tuple[Option, float]] = [(Option(KEEP, weight_bits=None), 0.0)]
+    if isinstance(module, QUANTISABLE):
+        weight = module.weight.detach()
+        rounding = rounding_error(weight, WEIGHT_BITS, target)
+        options.append((Option(DENSE, weight_bits=WEIGHT_BITS), rounding))
     for scheme in schemes_for(layer, module)[1]:
         errors = decompositions[scheme].errors(weight, statistics)
         for rank in range(target.lane, len(errors) + 1, target.lane):

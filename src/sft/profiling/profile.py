@@ -38,7 +38,8 @@ def profile(
 
     The calibration split is read once for the statistics, and its first samples once more for the
     anchors: for each layer and scheme one factorised stand-in is put into the network and the
-    divergence from the original's outputs is measured; it scales the closed-form errors.
+    divergence from the original's outputs is measured; it scales the closed-form errors. Costs are
+    those of the network with its batch norm folded, as it is exported.
 
     data_free : use plain SVD of the weights instead of the statistics (to compare).
     The model is not changed. Raises `InputError` if it or the data cannot be used.
@@ -46,7 +47,7 @@ def profile(
     data.check()
     found = find_target(target)
     example = data.example()
-    original = inspect(model, example, name)
+    inspect(model, example, name)
     folded = fold_batch_norm(model, example.to(_device(model)))
     inside = inspect(folded, example, name)
     split = [x.name for x in inside.layers if schemes_for(x, get_module(folded, x.name))[1]]
@@ -58,9 +59,9 @@ def profile(
         target=found.name,
         fingerprint=fingerprint(model, data, found, data_free, seed),
         samples=samples,
-        params=original.params,
-        macs=original.macs,
-        size=4 * original.params,
+        params=inside.params,
+        macs=inside.macs,
+        size=4 * inside.params,
         overhead_macs=inside.macs - sum(x.macs for x in inside.layers),
         layers=tuple(layers),
         seed=seed,

@@ -6,6 +6,8 @@ from torch import nn
 from sft.core.errors import InputError
 from sft.core.records import DENSE, KEEP, Plan
 from sft.decompositions import decompositions, factorize
+from sft.models.inspect import inspect
+from sft.planning.edit import check_plan
 from sft.surgery.modules import fold_batch_norm, get_module, replace_module
 
 
@@ -15,8 +17,10 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Batch norm is folded first. Returns a new model in eval mode; `model` is untouched. Every row
     is checked before anything is built; an `InputError` names the layer and its shape.
     """
-    _check_rows(model, plan)
+    if not plan.input_shape:
+        raise InputError("The plan does not say the model's input shape. Make it with `plan`.")
     example = torch.zeros(1, *plan.input_shape, device=_device(model))
+    _check(model, plan, example)
     small = fold_batch_norm(model, example)
     for row in plan.rows:
         option = row.option
@@ -28,27 +32,23 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     return small
 
 
-def _check_rows(model: nn.Module, plan: Plan) -> None:
-    if not plan.input_shape:
-        raise InputError("The plan does not say the model's input shape. Make it with `plan`.")
+def _check(model: nn.Module, plan: Plan, example: torch.Tensor) -> None:
+    """Every row fits the model, and every layer has its row."""
+    layers = inspect(model, example, plan.model).layers
+    refusals = {layer.name: layer.refusals.get("*") for layer in layers}
     for row in plan.rows:
-        layer, option = get_module(model, row.name), row.option
-        if option.scheme in (KEEP, DENSE):
+        scheme = row.option.scheme
+        if scheme in (KEEP, DENSE):
             continue
-        shape = tuple(getattr(getattr(layer, "weight", None), "shape", ()))
-        method = decompositions[option.scheme]
-        reason = method.unsupported(layer)
+        layer = get_module(model, row.name)
+        reason = refusals.get(row.name) or decompositions[scheme].unsupported(layer)
         if reason is not None:
+            shape = tuple(getattr(getattr(layer, "weight", None), "shape", ()))
             raise InputError(
-                f"Layer '{row.name}' with weight {shape} cannot be '{option.scheme}': {reason}. "
+                f"Layer '{row.name}' with weight {shape} cannot be '{scheme}': {reason}. "
                 f'Set its scheme to "dense" or "keep".'
             )
-        full = method.full_rank(shape)
-        if len(option.rank) != 1 or option.rank[0] > full:
-            raise InputError(
-                f"Layer '{row.name}' with weight {shape}: '{option.scheme}' takes one rank from 1 "
-                f"to {full}, the plan says {list(option.rank)}."
-            )
+    check_plan(plan, layers, {name: decompositions[name].full_rank for name in decompositions})
 
 
 def _device(model: nn.Module) -> torch.device:

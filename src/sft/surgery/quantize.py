@@ -13,6 +13,7 @@ from sft.core.records import Plan, Target
 from sft.quantizers.annotate import PlanQuantizer
 from sft.quantizers.fake import ActivationFakeQuantize, WeightPerChannelFakeQuantize
 from sft.quantizers.pt2e import convert_pt2e, prepare_qat_pt2e
+from sft.runtimes.targets import find_target
 from sft.surgery.modules import capture
 
 
@@ -77,12 +78,16 @@ class QuantizedModel(nn.Module):
         return converted
 
 
-def quantize(small: nn.Module, plan: Plan, target: Target, calibration: Loader) -> QuantizedModel:
+def quantize(
+    small: nn.Module, plan: Plan, target: Target | str, calibration: Loader
+) -> QuantizedModel:
     """Round weights and activations as the plan and the target say; ranges from calibration data.
 
+    target : a target or its name.
     `small` is not touched. Raises `InputError` if it cannot be captured or the data is empty.
     """
-    prepared = prepare(small, plan, target)
+    found = find_target(target) if isinstance(target, str) else target
+    prepared = prepare(small, plan, found)
     device = next(small.parameters()).device
     batches = 0
     with torch.no_grad():

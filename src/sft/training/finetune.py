@@ -28,8 +28,8 @@ def finetune(
     train: Loader,
     teacher: nn.Module | None = None,
     *,
-    steps: int = 400,
-    learning_rate: float = 1e-3,
+    steps: int = 500,
+    learning_rate: float = 2e-3,
     seed: int = 0,
     checkpoint: Path | None = None,
 ) -> M:
