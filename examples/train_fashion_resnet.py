@@ -63,7 +63,8 @@ def main() -> None:
         if within == steps - 1:
             score = _accuracy(net, *_tensors("validation"), device=options.device)
             print(f"epoch {epoch} done, validation accuracy {score:.4f}", flush=True)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    state_dict = {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in state_dict.items()}
     save_file(weights, options.out / "fashion-resnet.safetensors")
     net.load_state_dict({k: v.float() for k, v in weights.items()})
     score = _accuracy(net, *_tensors("test"), device=options.device)
@@ -134,7 +135,7 @@ def _step(
     loss = functional.cross_entropy(net(x), target, label_smoothing=SMOOTHING)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 @torch.no_grad()

@@ -26,6 +26,12 @@ def data():
 def broken():
     raise ValueError("no weights today")
 
+calls = []
+
+def falling(predict, loader):
+    calls.append(1)
+    return 1 / len(calls)
+
 def half(predict, loader):
     return 0.5
 """
@@ -123,6 +129,9 @@ def test_a_plan_edited_by_hand_is_followed_or_refused_by_layer_name(project, cap
         (["{name}:untrained", "--data", "npz:nan.npz"], 2, "NaN"),
         (["{name}:untrained", "--data", "nonsense"], 2, "nonsense"),
         (["{name}:untrained", "--target", "toaster"], 2, "toaster"),
+        (["{name}:untrained", "--device", "gpu"], 2, "gpu"),
+        (["{name}:untrained", "--learning-rate", "-1"], 2, "Learning rate"),
+        (["{name}:untrained", "--threads", "0"], 2, "threads=0"),
         (["{name}:untrained", "--size", "7"], 2, "size=7"),
         (["{name}:untrained", "--macs", "0.001"], 1, "the least is"),
         (["{name}:untrained", "--keep", "nothing*"], 2, "nothing"),
@@ -164,15 +173,13 @@ def test_a_users_score_is_called(project, capsys) -> None:
 
 
 def test_a_missed_score_exits_with_1(project, capsys) -> None:
-    arguments = ["compress", f"{project}:untrained", "--data", f"{project}:data"]
     code, _, err = call(
-        capsys, *arguments, "--macs", "0.55", "--max-drop", "0", "--steps", "0",
-        "--integer-steps", "0",
+        capsys, "compress", *model(project), "--macs", "0.55", "--max-drop", "0.1", "--steps", "0",
+        "--integer-steps", "0", "--evaluate", f"{project}:falling",
     )  # fmt: skip
-    stored = json.loads(Path("out/result.json").read_text())
-    assert (code == 0) == stored["budget"]["met"]
-    if code:
-        assert "fell" in err
+    assert code == 1
+    assert json.loads(Path("out/result.json").read_text())["budget"]["met"] is False
+    assert "score fell by" in err
 
 
 def test_a_damaged_result_is_refused(project, capsys) -> None:

@@ -49,7 +49,7 @@ def test_what_is_delivered(result, net, data, tmp_path) -> None:
     assert set(manifest) == files
     assert all(digest == sha256(out / name) for name, digest in manifest.items())
     assert "report.html" in files
-    assert "1" in result.summary
+    assert f"{stored['before']['macs'] / stored['after']['macs']:.2f}x" in result.summary
     result.raise_if_failed()
 
 
@@ -182,6 +182,8 @@ def test_without_evaluate_the_score_is_the_agreement(net, data, tmp_path) -> Non
             "All splits must agree",
         ),
         (lambda d: sft.Data(calibration=["text"]), "type str"),
+        (lambda d: sft.Data(calibration=(b for b in [torch.randn(2, 1, 12, 12)])), "generator"),
+        (lambda d: sft.Data([torch.zeros(2, 1, 12, 12, dtype=torch.uint8)]), "uint8"),
     ],
 )
 def test_bad_data_is_refused_before_anything_is_written(net, data, tmp_path, change, words) -> None:
@@ -195,6 +197,29 @@ def test_nan_in_the_weights_is_refused_by_name(net, data, tmp_path) -> None:
         net.down.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"down\.weight"):
         compress(net, data, BUDGET, out=tmp_path / "out", training=QUICK)
+
+
+def test_a_score_that_is_no_number_is_refused(net, data, tmp_path) -> None:
+    with pytest.raises(InputError, match="evaluate returned nan"):
+        compress(
+            net, data, BUDGET, evaluate=lambda *_: float("nan"), out=tmp_path / "o", training=QUICK
+        )
+
+
+def test_work_of_another_request_is_not_taken(net, data, tmp_path, monkeypatch) -> None:
+    import sft.job as job
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "quantize", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compress(net, data, BUDGET, out=tmp_path / "a", training=QUICK)
+    other = sft.Data(data.calibration, data.validation, data.validation, data.test)
+    mixed = compress(net, other, BUDGET, out=tmp_path / "a", training=QUICK)
+    fresh = compress(net, other, BUDGET, out=tmp_path / "b", training=QUICK)
+    assert mixed.artifact.sha256 == fresh.artifact.sha256
 
 
 def test_an_unwritable_folder_is_refused(net, data, tmp_path) -> None:

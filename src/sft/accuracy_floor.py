@@ -62,7 +62,7 @@ def _bisect(
     limited: dict[str, float],
 ) -> Trial[T]:
     assert budget.max_drop is not None
-    floor = score_before - budget.max_drop
+    floor = score_before - budget.max_drop - 1e-9
     low, high = 0.0, getattr(budget, cost) or 1.0
     best: Trial[T] | None = None
     done: dict[tuple[str, ...], Trial[T]] = {}

@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _out(profile, "out/profile")
     plan = _verb(verbs, "plan", "choose one option a layer from a profile", commands.plan)
     plan.add_argument("profile", metavar="PROFILE_DIR")
-    _budget(plan)
+    _limits(plan)
     _out(plan, None, "PLAN.json")
     _plan_verbs(verbs)
     verify = _verb(
@@ -133,12 +133,16 @@ def _model(verb: argparse.ArgumentParser, score: bool = False) -> None:
 
 
 def _budget(verb: argparse.ArgumentParser) -> None:
+    _limits(verb)
+    verb.add_argument("--max-drop", type=float, help="of the score, in its own unit")
+    verb.add_argument("--minimize", choices=("size", "macs"), help="as far as --max-drop allows")
+
+
+def _limits(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--size", type=float, help="fraction of the original file")
     verb.add_argument("--macs", type=float, help="fraction of the original MACs")
     verb.add_argument("--size-bytes", type=int)
     verb.add_argument("--macs-count", type=int)
-    verb.add_argument("--max-drop", type=float, help="of the score, in its own unit")
-    verb.add_argument("--minimize", choices=("size", "macs"), help="as far as --max-drop allows")
     verb.add_argument(
         "--keep", action="append", default=[], metavar="LAYER", help="stays float (pattern; repeat)"
     )

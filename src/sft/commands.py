@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.core.budget import Budget
 from sft.core.errors import InputError, VerificationError
+from sft.core.progress import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,18 +80,21 @@ def apply(options: argparse.Namespace) -> int:
 
 
 def finetune(options: argparse.Namespace) -> int:
-    from sft.core.files import write_bytes
+    from sft.core.files import check_writable, write_bytes
     from sft.surgery.apply import apply
     from sft.training.finetune import finetune
 
     model, training = _model(options), _training(options)
     out = Path(options.out)
+    check_writable(out.parent)
+    state = out.with_name(f".{out.name}.state")
     tuned = finetune(
         apply(model, _plan(options)), _data(options).split("train")[0], model,
         steps=training.steps, learning_rate=training.learning_rate, seed=options.seed,
-        checkpoint=out.with_name(f".{out.name}.state"),
+        checkpoint=state,
     )  # fmt: skip
     write_bytes(out, _weights(tuned))
+    state.unlink(missing_ok=True)
     return _say(options, {"written": options.out})
 
 
@@ -103,9 +107,7 @@ def export(options: argparse.Namespace) -> int:
     small = apply(_model(options), chosen)
     if options.tuned:
         load_weights(small, Path(options.tuned))
-    artifact = export(
-        small, chosen, options.out, options.target, calibration=_data(options).calibration
-    )
+    artifact = export(small, chosen, options.out, calibration=_data(options).calibration)
     artifact.save(_note(options.out))
     return _print(options, f"{artifact.path}: {artifact.file_bytes:,} bytes", artifact)
 
@@ -181,7 +183,12 @@ def _compress(options: argparse.Namespace, budget: Budget) -> int:
 def _model(options: argparse.Namespace) -> "nn.Module":
     from sft.models.load import load_model
 
-    return load_model(options.model, options.weights).to(options.device)
+    model = load_model(options.model, options.weights)
+    try:
+        return model.to(options.device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"The device '{options.device}' cannot be used: {reason}") from None
 
 
 def _data(options: argparse.Namespace) -> "Data":
@@ -233,6 +240,7 @@ def _plan(options: argparse.Namespace) -> "Plan":
     if options.profile or folder.is_dir():
         statistics = load_statistics(folder / STATISTICS_FILE)
         return dataclasses.replace(chosen, statistics=statistics)
+    say(f"no profile beside '{options.plan}' and no --profile: factors by plain SVD")
     return chosen
 
 

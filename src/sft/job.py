@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from sft import __version__
 from sft.accuracy_floor import Trial
 from sft.core.budget import Budget
-from sft.core.data import Data, Evaluate, Loader
+from sft.core.data import Data, Evaluate, Loader, fingerprint_data
+from sft.core.errors import InputError
 from sft.core.files import write_text
 from sft.core.progress import say
+from sft.core.randomness import forked_rng
 from sft.core.records import Artifact, Check, Plan, Profile, Target, Timing
 from sft.exporters import export, save_packed
 from sft.outcome import describe, score_file
@@ -48,6 +51,13 @@ class Training:
     learning_rate: float = 2e-3
     integer_learning_rate: float = 3e-4
 
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.integer_steps < 0:
+            raise InputError(f"Training steps {self.steps}, {self.integer_steps}: 0 or more.")
+        for rate in (self.learning_rate, self.integer_learning_rate):
+            if not 0 < rate < float("inf"):
+                raise InputError(f"Learning rate {rate}: it must be above 0 and finite.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Made:
@@ -71,14 +81,23 @@ class Job:
     threads: int
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise InputError(f"threads={self.threads}: at least 1 is wanted.")
+
     def open(self, out: Path, request: str) -> None:
         """Check the model on the data; only then touch the output folder."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.original = fold_batch_norm(self.model, self.data.example().to(device))
         self.score_of = self.evaluate or agreement_with(self.original)
-        settings = fingerprint(self.model, self.data, self.target, False, self.seed)
-        request = f"{settings} {request} {self.training} {self.evaluate is None} {self.name}"
-        self.work = Workspace(out, hashlib.sha256(request.encode()).hexdigest())
+        with forked_rng(self.seed):
+            train = fingerprint_data(self.data.split("train")[0])
+        asked = (
+            fingerprint(self.model, self.data, self.target, False, self.seed),
+            train, request, self.training, self.evaluate is None, self.name, repr(self.model),
+            __version__, torch.get_num_threads(),
+        )  # fmt: skip
+        self.work = Workspace(out, hashlib.sha256(str(asked).encode()).hexdigest())
 
     def profile(self) -> Profile:
         def measure() -> Profile:
@@ -166,9 +185,13 @@ class Job:
         self.work.deliver()
 
     def _verify(self, artifact: Artifact, simulation: QuantizedModel, test: Loader) -> Check:
+        rows = simulation.plan.rows
+        integers = sum(r.cost.macs for r in rows if r.option.weight_bits)
+        share = integers / max(sum(r.cost.macs for r in rows), 1)
         return verify(
             artifact, self.original, test, self.score_of,
-            simulation=simulation, samples=COMPARED_SAMPLES, threads=self.threads,
+            simulation=simulation, integer_share=share, samples=COMPARED_SAMPLES,
+            threads=self.threads,
         )  # fmt: skip
 
     def _time(self, *artifacts: Artifact) -> tuple[Timing, ...]:

@@ -1,21 +1,29 @@
 """`result.json`: what came in, what came out, what was asked, all measured on exported files."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from sft.core.budget import Budget
 from sft.core.data import Evaluate, Loader
+from sft.core.errors import InputError
 from sft.core.records import Artifact, Check, Plan, Profile, Timing
 from sft.runtimes.runner import Runner, predict_with
 from sft.runtimes.targets import find_target, machine
 
 SCHEMA = 1
+ROUNDING = 1e-9  # a drop of exactly max_drop is allowed, whatever the last bit says
 
 
 def score_file(artifact: Artifact, evaluate: Evaluate, loader: Loader, threads: int = 1) -> float:
     """The user's score of an exported file, run in its runtime."""
     with Runner(artifact.path, find_target(artifact.target).runtime, threads) as runner:
-        return float(evaluate(predict_with(runner), loader))
+        score = float(evaluate(predict_with(runner), loader))
+    if not math.isfinite(score):
+        raise InputError(
+            f"evaluate returned {score} for '{artifact.path}'; a finite score is wanted."
+        )
+    return score
 
 
 def describe(
@@ -42,7 +50,7 @@ def describe(
     )
     bits = [(r.option.weight_bits or 32, r.cost.params) for r in plan.rows]
     after["weight_bits_mean"] = sum(b * n for b, n in bits) / max(sum(n for _, n in bits), 1)
-    after["compute_bits"] = 8 if check.integer_macs_fraction > 0 else 32
+    after["compute_bits"] = 8 if check.integer_macs_fraction > 0.99 else 32
     missed = _missed(budget, before, after, validation_scores)
     return {
         "schema": SCHEMA,
@@ -95,7 +103,7 @@ def _missed(
         if measured > limits.get(cost, float("inf")):
             missed.append(f"{cost}: {measured:,} where at most {limits[cost]:,.0f} was asked.")
     drop = scores[0] - scores[1]
-    if budget.max_drop is not None and drop > budget.max_drop:
+    if budget.max_drop is not None and drop > budget.max_drop + ROUNDING:
         missed.append(
             f"The validation score fell by {drop:.4f} ({scores[0]:.4f} to {scores[1]:.4f}) where "
             f"at most {budget.max_drop} was asked: allow more size or MACs, or train longer."

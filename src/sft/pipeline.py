@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sft.accuracy_floor import Trial, search
@@ -13,6 +12,7 @@ from sft.core.budget import Budget
 from sft.core.data import Data, Evaluate
 from sft.core.errors import BudgetError
 from sft.core.progress import say
+from sft.core.randomness import forked_rng
 from sft.core.records import Artifact, Check, Option, Plan
 from sft.job import Job, Made, Training
 from sft.planning.allocate import plan as make_plan
@@ -86,8 +86,7 @@ def compress(
         name or type(model).__name__, seed, threads,
     )  # fmt: skip
     validation = data.split("validation")[0]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with forked_rng(seed):
         job.open(Path(out), f"{budget} {list(keep)} {overrides}")
         measured = job.profile()
         before = job.export_original()

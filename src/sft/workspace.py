@@ -64,6 +64,7 @@ class Workspace:
             return model
         trained = train(model, state)
         save_state(trained, done)
+        state.unlink(missing_ok=True)
         return trained
 
     def stage(self, artifact: Artifact, name: str) -> Artifact:

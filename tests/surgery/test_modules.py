@@ -76,3 +76,39 @@ def test_replace_and_get_by_name() -> None:
     assert get_module(model, "0.0") is new
     with pytest.raises(InputError, match=r"no layer '0\.7'"):
         get_module(model, "0.7")
+
+
+class Reused(nn.Module):
+    """Convolutions and norms called in patterns that must not be folded."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 2, 3, padding="same"), nn.Conv2d(2, 2, 3, padding=1)
+        self.norm, self.pattern = nn.BatchNorm2d(2), pattern
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pattern == "one norm, two convolutions":
+            return self.norm(self.a(x)) + self.norm(self.b(x))
+        if self.pattern == "one convolution twice":
+            return self.norm(self.a(x)) + self.a(x)
+        if self.pattern == "norm elsewhere too":
+            return self.norm(self.norm(self.a(x)) + x)
+        return self.norm(self.a(x))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("one norm, two convolutions", 1),
+        ("one convolution twice", 1),
+        ("norm elsewhere too", 1),
+        ("plain, padding=same", 0),
+    ],
+)
+def test_folding_keeps_outputs_when_things_are_used_twice(pattern: str, left: int) -> None:
+    torch.manual_seed(0)
+    model = with_statistics(Reused(pattern))
+    x = torch.randn(2, 2, 6, 6)
+    folded = fold_batch_norm(model, x[:1])
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+    assert norms(folded) == left

@@ -95,3 +95,36 @@ def test_training_ends_on_integers_and_the_ranges_stay(net, data, plan) -> None:
 def test_empty_calibration_is_refused(net, plan) -> None:
     with pytest.raises(InputError, match="empty"):
         quantize(apply(net, plan), plan, TARGET, [])
+
+
+def test_convolutions_with_padding_in_words_are_rounded(data) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, padding="same"),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 4, 3, padding="valid"),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+    ).eval()
+    plan = make_plan(profile(model, data, TARGET.name), Budget())
+    rounded = quantize(apply(model, plan), plan, TARGET, data.calibration)
+    assert set(rounded.weights()) == {"0.weight", "2.weight"}
+
+
+def test_a_planned_layer_that_cannot_be_rounded_is_named(data) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(1, 4, 3))
+    model = torch.nn.Sequential(conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+    plan = make_plan(profile(model, data, TARGET.name), Budget())
+    assert plan.option("0").scheme == "keep"
+    with pytest.raises(InputError, match="Layer '0' is planned in integers"):
+        quantize(model, plan.replace("0", Option("dense")), TARGET, data.calibration)
+
+
+def test_integers_equal_those_of_the_conversion(net, data, plan) -> None:
+    rounded = quantize(apply(net, plan), plan, TARGET, data.calibration)
+    converted = rounded.convert()
+    stored = [b for b in converted.state_dict().values() if b.dtype == torch.int8 and b.ndim > 1]
+    for weight, rounding in rounded.weights().values():
+        integers = rounding.integers(weight.detach())
+        assert any(torch.equal(integers, other) for other in stored)

@@ -96,7 +96,9 @@ def test_an_interrupted_run_ends_in_the_same_weights(
     assert path.is_file()
     resumed = finetune(student, data.train, net, steps=12, checkpoint=path)
     assert states_equal(whole, resumed)
-    assert not path.exists()
+    assert states_equal(whole, finetune(student, data.train, net, steps=12, checkpoint=path))
+    with pytest.raises(InputError, match="of another run"):
+        finetune(student, data.train, net, steps=13, checkpoint=path)
 
 
 def test_more_steps_and_the_rate_change_the_result(student, net, data) -> None:
@@ -112,8 +114,10 @@ def test_empty_data_missing_targets_and_divergence_are_named(student, net, data)
         finetune(student, [], net, steps=1)
     with pytest.raises(InputError, match="needs loaders of"):
         finetune(student, [data.train.inputs[:8]], steps=1)
-    with pytest.raises(InputError, match="diverged at step"):
+    with pytest.raises(InputError, match="train data holds NaN or infinite"):
         finetune(student, [torch.full((2, 1, 12, 12), float("inf"))], net, steps=1)
+    with pytest.raises(InputError, match="diverged at step"):
+        finetune(student, data.train, net, steps=60, learning_rate=1e30)
 
 
 def test_outputs_that_are_no_logits_are_matched_too(data) -> None:

@@ -91,6 +91,23 @@ def test_a_float_file_that_claims_integers_fails(net, data, tmp_path) -> None:
     assert "ran in integers" in check.failures[0]
 
 
+def test_the_file_of_another_network_fails_without_a_simulation_too(artifact, net, data) -> None:
+    torch.manual_seed(1)
+    other = type(net)().eval()
+    other.fc.bias.data[1] = 100.0
+    check = verify(artifact, other, data.test)
+    assert not check.passed
+    assert "another network" in check.failures[0]
+
+
+def test_the_model_is_not_changed_even_in_training_mode(artifact, net, data) -> None:
+    net.train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    verify(artifact, net, data.test)
+    assert net.training
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
 def test_a_changed_file_is_refused(artifact, net, data) -> None:
     with pytest.raises(InputError, match="not the file that was exported"):
         verify(dataclasses.replace(artifact, sha256="0" * 64), net, data.test)

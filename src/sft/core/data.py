@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sft.core.errors import InputError
+from sft.core.randomness import forked_rng
 
 Loader = Iterable[Any]
 Predict = Callable[[torch.Tensor], torch.Tensor]
@@ -72,6 +73,14 @@ class Data:
     test: Loader | None = None
     name: str = "data"
 
+    def __post_init__(self) -> None:
+        for name in SPLITS:
+            if isinstance(getattr(self, name), Iterator):
+                raise InputError(
+                    f"The {name} data is a generator, which can be read only once. Give a list of "
+                    f"batches, sft.Batches or a DataLoader."
+                )
+
     def split(self, name: str) -> tuple[Loader, str]:
         """The loader that serves as split `name`, and the split it really is."""
         if name not in SPLITS:
@@ -96,7 +105,7 @@ class Data:
             loader = getattr(self, name)
             if loader is None:
                 continue
-            with torch.random.fork_rng(devices=[]):
+            with forked_rng():
                 batch = next(iter(loader), None)
             if batch is None or len(inputs_of(batch)) == 0:
                 raise InputError(f"The {name} data is empty: at least one batch is needed.")
@@ -156,8 +165,14 @@ def top1(predict: Predict, loader: Loader) -> float:
         if targets is None:
             raise InputError("top1 needs targets: give loaders of (inputs, targets).")
         outputs = predict(inputs_of(batch))
-        right += int((outputs.argmax(1).cpu() == targets.cpu()).sum())
-        count += len(targets)
+        wanted = torch.as_tensor(targets).reshape(-1).cpu()
+        if len(wanted) != len(outputs):
+            raise InputError(
+                f"top1 wants one class index a sample; the targets of {len(outputs)} samples have "
+                f"shape {tuple(torch.as_tensor(targets).shape)}."
+            )
+        right += int((outputs.argmax(1).cpu() == wanted).sum())
+        count += len(wanted)
     if count == 0:
         raise InputError("There is nothing to evaluate: the data is empty.")
     return right / count

@@ -74,9 +74,18 @@ def publish(staged: Path, folder: Path) -> None:
     """
     names = sorted(p.relative_to(staged) for p in staged.rglob("*") if p.is_file())
     write_manifest(staged, names)
-    for name in [*names, Path(MANIFEST)]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged / name, folder / name)
+    every = [*names, Path(MANIFEST)]
+    try:
+        for name in every:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if (folder / name).is_dir():
+                raise InputError(f"'{folder / name}' is a folder where a file is to be written.")
+        for name in every:
+            os.replace(staged / name, folder / name)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write into '{folder}': {error.strerror} ({error.filename}). Choose another."
+        ) from error
 
 
 def write_manifest(folder: Path, names: Iterable[Path]) -> None:
@@ -86,15 +95,20 @@ def write_manifest(folder: Path, names: Iterable[Path]) -> None:
 
 
 def check_manifest(path: Path) -> None:
-    """Raise `InputError` if `path` stands in its folder's manifest with another sha256.
+    """Raise `InputError` if `path` stands in a manifest with another sha256.
 
-    A file whose folder has no manifest, or that the manifest does not name, passes.
+    Looked up in the manifest of its folder and of the folder above. A file that no manifest names
+    passes.
     """
-    manifest = path.parent / MANIFEST
-    if not manifest.is_file():
-        return
+    for folder in (path.parent, path.parent.parent):
+        if (folder / MANIFEST).is_file():
+            _check_entry(path, folder / MANIFEST)
+
+
+def _check_entry(path: Path, manifest: Path) -> None:
+    name = path.relative_to(manifest.parent).as_posix()
     try:
-        wanted = json.loads(read_text(manifest))["sha256"].get(path.name)
+        wanted = json.loads(read_text(manifest))["sha256"].get(name)
     except (ValueError, KeyError, AttributeError):
         raise InputError(f"'{manifest}' is damaged. Make the folder again.") from None
     if wanted is not None and wanted != sha256(path):

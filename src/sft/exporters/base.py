@@ -32,7 +32,7 @@ def export(
     model: nn.Module,
     plan: Plan | None,
     path: str | Path,
-    target: str = "onnxruntime",
+    target: str | None = None,
     *,
     calibration: Loader | None = None,
     example: torch.Tensor | None = None,
@@ -42,9 +42,16 @@ def export(
     model : a `QuantizedModel` (the integers it holds go into the file), or a float module that
         `plan` asks to be quantised, for which `calibration` gives the activation ranges, or, with
         `plan=None`, a float module that stays float (`example` then gives the input's shape).
+    target : the plan's target unless given; the runtime of the machine at hand without a plan.
     Returns where the file is and how to feed it. Raises `InputError` before writing anything.
     """
-    found = find_target(target)
+    planned = plan.target if plan is not None else "onnxruntime"
+    found = find_target(target or planned)
+    if plan is not None and found.name != find_target(planned).name:
+        raise InputError(
+            f"The plan was made for '{plan.target}' and cannot be exported for '{found.name}': the "
+            f"integer layouts differ. Profile and plan for that target."
+        )
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"Cannot write '{path}': the folder '{path.parent}' does not exist.")
@@ -73,7 +80,7 @@ def _final_network(
                 f"The model was quantised for '{model.target.name}' and cannot be exported for "
                 f"'{target.name}': the integer layouts differ. Quantise it for that target."
             )
-        return model.convert(), model.example.cpu(), True
+        return model.convert(), model.example.cpu(), bool(model.weights())
     if plan is None:
         if example is None:
             raise InputError("export of a float model needs example=, one input with batch axis 1.")
@@ -86,4 +93,4 @@ def _final_network(
             "a model from `quantize`."
         )
     prepared = quantize(model, plan, target, calibration)
-    return prepared.convert(), prepared.example.cpu(), True
+    return prepared.convert(), prepared.example.cpu(), bool(prepared.weights())

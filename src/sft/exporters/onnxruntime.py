@@ -59,11 +59,16 @@ def strip_metadata(proto: onnx.ModelProto) -> None:
 def use_global_pooling(graph: onnx.GraphProto) -> None:
     """Write a mean over both image axes as GlobalAveragePool, which has an integer kernel."""
     constants = {t.name: t for t in graph.initializer}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in [*graph.value_info, *graph.input]}
     for node in graph.node:
-        if node.op_type == "ReduceMean" and _is_image_mean(node, constants):
+        if (
+            node.op_type == "ReduceMean"
+            and ranks.get(node.input[0]) == 4
+            and _is_image_mean(node, constants)
+        ):
             node.op_type = "GlobalAveragePool"
             del node.input[1:], node.attribute[:]
-    used = {name for node in graph.node for name in node.input}
+    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
     for tensor in [t for t in graph.initializer if t.name not in used]:
         graph.initializer.remove(tensor)
 

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from sft.core.copies import copy_module
 from sft.core.records import DENSE, KEEP, Candidate, Layer, Option, Target
 from sft.core.statistics import Statistics
 from sft.decompositions import decompositions
@@ -35,7 +36,7 @@ def menu(
     multiply-accumulates as the whole kernel. A layer that cannot be quantised can only be kept.
     """
     options: list[tuple[Option, float]] = [(Option(KEEP, weight_bits=None), 0.0)]
-    if isinstance(module, QUANTISABLE):
+    if isinstance(module, QUANTISABLE) and "weight" in module._parameters:
         weight = module.weight.detach()
         rounding = rounding_error(weight, WEIGHT_BITS, target)
         options.append((Option(DENSE, weight_bits=WEIGHT_BITS), rounding))
@@ -57,9 +58,22 @@ def with_damage(candidates: list[Candidate], alphas: dict[str, float]) -> tuple[
     )
 
 
+def rounded_copy(module: nn.Module, target: Target) -> nn.Module:
+    """The layer with its weight rounded as the target stores it."""
+    rounded = copy_module(module)
+    weight = rounded._parameters["weight"]
+    assert weight is not None
+    weight.data = _round(weight.detach(), WEIGHT_BITS, target)
+    return rounded
+
+
 def rounding_error(weight: torch.Tensor, bits: int, target: Target) -> float:
     """Relative squared error of rounding the weight per output channel, as the target stores it."""
+    rounded = _round(weight, bits, target)
+    return float((weight - rounded).square().sum() / weight.square().sum().clamp_min(1e-30))
+
+
+def _round(weight: torch.Tensor, bits: int, target: Target) -> torch.Tensor:
     top = min(2 ** (bits - 1) - 1, target.layout.weight_max)
     scale = symmetric_scale(weight, top, 0).reshape([-1] + [1] * (weight.ndim - 1))
-    rounded = torch.round(weight / scale) * scale
-    return float((weight - rounded).square().sum() / weight.square().sum().clamp_min(1e-30))
+    return torch.round(weight / scale) * scale

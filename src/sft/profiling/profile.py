@@ -10,11 +10,12 @@ from torch import nn
 from sft.core.data import Data, fingerprint_data
 from sft.core.errors import InputError
 from sft.core.progress import say, track
-from sft.core.records import Candidate, Inspection, Layer, LayerProfile, Profile, Target
+from sft.core.randomness import forked_rng
+from sft.core.records import DENSE, Candidate, Inspection, Layer, LayerProfile, Profile, Target
 from sft.core.statistics import Statistics, load_statistics, save_statistics
 from sft.decompositions import factorize
 from sft.models.inspect import inspect
-from sft.profiling.candidates import menu, schemes_for, with_damage
+from sft.profiling.candidates import menu, rounded_copy, schemes_for, with_damage
 from sft.profiling.damage import collect_inputs, divergence, run
 from sft.profiling.statistics import gather_statistics
 from sft.runtimes.targets import find_target
@@ -46,6 +47,13 @@ def profile(
     """
     data.check()
     found = find_target(target)
+    with forked_rng(seed):
+        return _profile(model, data, found, name, data_free, seed)
+
+
+def _profile(
+    model: nn.Module, data: Data, found: Target, name: str, data_free: bool, seed: int
+) -> Profile:
     example = data.example()
     inspect(model, example, name)
     folded = fold_batch_norm(model, example.to(_device(model)))
@@ -54,14 +62,15 @@ def profile(
     statistics, samples = gather_statistics(folded, split, data.calibration)
     used = {} if data_free else statistics
     layers = _measure(folded, inside, used, data, found)
+    params = max(inside.params, sum(x.params for x in inside.layers))  # tied: at each layer
     return Profile(
         model=name,
         target=found.name,
         fingerprint=fingerprint(model, data, found, data_free, seed),
         samples=samples,
-        params=inside.params,
+        params=params,
         macs=inside.macs,
-        size=4 * inside.params,
+        size=4 * params,
         overhead_macs=inside.macs - sum(x.macs for x in inside.layers),
         layers=tuple(layers),
         seed=seed,
@@ -127,8 +136,8 @@ def _measure(
                 replace_module(folded, layer.name, module)
 
         alphas = {
-            scheme: _alpha(scheme, module, candidates, statistics.get(layer.name), measure)
-            for scheme in schemes
+            scheme: _alpha(scheme, module, candidates, statistics.get(layer.name), target, measure)
+            for scheme in (*schemes, DENSE)
             if any(c.option.scheme == scheme for c in candidates)
         }
         measured.append(
@@ -143,12 +152,16 @@ def _alpha(
     module: nn.Module,
     candidates: list[Candidate],
     statistics: Statistics | None,
+    target: Target,
     measure: Callable[[nn.Module], float],
 ) -> float:
     """Measured damage per unit of error, at the rank whose error is nearest to the anchor's."""
     own = [c for c in candidates if c.option.scheme == scheme]
     anchor = min(own, key=lambda c: abs(c.error - ANCHOR_ERROR))
-    damage = measure(factorize(module, scheme, anchor.option.rank[0], statistics))
+    if scheme == DENSE:
+        damage = measure(rounded_copy(module, target))
+    else:
+        damage = measure(factorize(module, scheme, anchor.option.rank[0], statistics))
     return max(damage, 1e-9) / max(anchor.error, 1e-9)
 
 

@@ -25,6 +25,9 @@ WEIGHTED = {
     aten.conv1d.default: "conv",
     aten.conv2d.default: "conv",
     aten.conv3d.default: "conv",
+    aten.conv1d.padding: "conv",
+    aten.conv2d.padding: "conv",
+    aten.conv3d.padding: "conv",
     aten.linear.default: "linear",
 }
 ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}

@@ -87,7 +87,8 @@ class WeightPerChannelFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         """The integers that the file holds for this weight, of its shape."""
         shape = [1] * weight.ndim
         shape[self.ch_axis] = -1
-        rounded = torch.round(weight / self.scale.reshape(shape))
+        # multiplied by the inverse, as torch's fake quantisation and torchao's conversion do
+        rounded = torch.round(weight * (1.0 / self.scale).reshape(shape))
         return rounded.clamp(self.quant_min, self.quant_max).to(self.dtype)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:

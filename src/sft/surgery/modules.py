@@ -1,6 +1,10 @@
 """Modules by name, and batch norm folded into the convolution before it."""
 
+import contextlib
+import logging
 import warnings
+from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -12,6 +16,14 @@ from sft.core.errors import InputError
 
 aten = torch.ops.aten
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLVING = {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+}
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -35,7 +47,7 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
     example : ``(1, ...)``. Raises `InputError` that says why the model cannot be captured.
     """
     pair = torch.cat([example[:1], example[:1]])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet_torch():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(
@@ -46,7 +58,7 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
             raise InputError(
                 f"The model cannot be captured as a graph for any batch size: {reason} "
                 "torch.export must accept it: remove branches on tensor values and fixed batch "
-                "sizes from its forward."
+                "sizes from its forward; export a .pt2 with dynamic_shapes for the batch axis."
             ) from error
         graph = program.module()
     assert isinstance(graph, GraphModule)
@@ -60,6 +72,7 @@ def fold_batch_norm(model: nn.Module, example: torch.Tensor) -> nn.Module:
     Only a batch norm that reads nothing but one convolution's output is folded; the outputs stay
     the same up to rounding. The norm's place is taken by `nn.Identity`.
     """
+    _check_precision(model, example)
     folded = copy_module(model)
     for conv_name, norm_name in _conv_norm_pairs(capture(folded, example)):
         conv, norm = get_module(folded, conv_name), get_module(folded, norm_name)
@@ -82,20 +95,48 @@ def fold_batch_norm(model: nn.Module, example: torch.Tensor) -> nn.Module:
 
 
 def _conv_norm_pairs(graph: GraphModule) -> list[tuple[str, str]]:
-    seen: list[tuple[str, str]] = []
-    convs = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+    """Convolutions and the norms that read nothing else, each used once in the whole graph."""
+    readers: Counter[str] = Counter()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            readers[str(node.target)] += len(node.users)
+    pairs: list[tuple[str, str]] = []
     for node in graph.graph.nodes:
         source = node.args[0] if node.target == aten.batch_norm.default else None
-        if isinstance(source, Node) and source.target in convs and len(source.users) == 1:
-            weight, mean = source.args[1], node.args[3]
-            if isinstance(weight, Node) and isinstance(mean, Node):
-                seen.append((_owner(weight), _owner(mean)))
-    convs_used = [conv for conv, _ in seen]
-    return [pair for pair in seen if convs_used.count(pair[0]) == 1]
+        if not (isinstance(source, Node) and source.target in CONVOLVING):
+            continue
+        weight, mean = source.args[1], node.args[3]
+        if not (isinstance(weight, Node) and isinstance(mean, Node)):
+            continue
+        once = readers[str(weight.target)] == readers[str(mean.target)] == 1
+        if once and len(source.users) == 1:
+            pairs.append((_owner(weight), _owner(mean)))
+    return pairs
+
+
+def _check_precision(model: nn.Module, example: torch.Tensor) -> None:
+    for name, tensor in [("input", example), *model.named_parameters()]:
+        if tensor.dtype != torch.float32:
+            raise InputError(
+                f"The model's '{name}' is of {tensor.dtype}; SFT compresses float32 networks with "
+                f"float32 inputs. Convert with .float()."
+            )
 
 
 def _owner(attribute: Node) -> str:
     return str(attribute.target).rpartition(".")[0]
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """A failed capture logs its whole inner life; the one sentence of the error is enough."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _drop_guards(graph: GraphModule) -> None:

@@ -110,4 +110,13 @@ def prepare(small: nn.Module, plan: Plan, target: Target) -> QuantizedModel:
         warnings.simplefilter("ignore")
         prepared = prepare_qat_pt2e(graph, PlanQuantizer(target, bits))
     assert isinstance(prepared, GraphModule)
-    return QuantizedModel(prepared, example, target, plan)
+    model = QuantizedModel(prepared, example, target, plan)
+    rounded = set(model.weights())
+    for row in plan.rows:
+        if row.option.weight_bits and not any(w.startswith(f"{row.name}.") for w in rounded):
+            raise InputError(
+                f"Layer '{row.name}' is planned in integers ({row.option}) but its weight is not a "
+                f"plain parameter of the captured graph (parametrised or computed?). Set its "
+                f'scheme to "keep".'
+            )
+    return model

@@ -1,5 +1,6 @@
 """The state of a training run in one safetensors file, whole at every moment."""
 
+import json
 import time
 from pathlib import Path
 
@@ -57,8 +58,10 @@ class Checkpoint:
         path: Path | None,
         model: nn.Module,
         optimizer: torch.optim.Adam,
+        request: str = "",
         interval: float | None = None,
     ) -> None:
+        self.request = request
         self.path, self.model, self.optimizer = path, model, optimizer
         self.interval = SAVE_SECONDS if interval is None else interval
         self.started = self.saved = time.monotonic()
@@ -70,9 +73,11 @@ class Checkpoint:
             return 0
         try:
             with safe_open(self.path, "pt") as stored:
-                self.first = int(stored.metadata()["step"])
+                note = json.loads(stored.metadata()["sft"])
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            self._check(note["request"])
             self._restore(tensors)
+            self.first = int(note["step"])
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"The training state '{self.path}' does not fit ({error}). Delete it to start anew."
@@ -86,22 +91,27 @@ class Checkpoint:
 
     def save(self, step: int) -> None:
         """Store the state as of `step` finished steps."""
-        assert self.path is not None
+        if self.path is None:
+            return
         tensors = {f"model:{k}": v for k, v in state_of(self.model).items()}
         for index, parameter in enumerate(self._parameters()):
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam:{index}:{key}"] = value
         whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        write_bytes(self.path, save(whole, metadata={"step": str(step)}))
+        note = json.dumps({"step": step, "request": self.request})
+        write_bytes(self.path, save(whole, metadata={"sft": note}))
         self.saved = time.monotonic()
 
     def seconds_left(self, step: int, steps: int) -> float:
         done = max(step - self.first, 1)
         return (time.monotonic() - self.started) / done * (steps - step)
 
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+    def _check(self, request: str) -> None:
+        if request != self.request:
+            raise InputError(
+                f"The training state '{self.path}' is of another run ({request}; now "
+                f"{self.request}). Delete it to start anew."
+            )
 
     def _parameters(self) -> list[torch.Tensor]:
         return list(self.optimizer.param_groups[0]["params"])
@@ -109,6 +119,8 @@ class Checkpoint:
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         restore(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model:")})
         for index, parameter in enumerate(self._parameters()):
+            if f"adam:{index}:step" not in tensors:
+                continue  # a parameter that the forward does not use has no state
             self.optimizer.state[parameter] = {
                 key: tensors[f"adam:{index}:{key}"].to("cpu" if key == "step" else parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")

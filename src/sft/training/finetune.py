@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from sft.core.copies import copy_module
-from sft.core.data import Loader, inputs_of, targets_of
+from sft.core.data import Loader, check_finite, inputs_of, targets_of
 from sft.core.errors import InputError
 from sft.core.progress import say
+from sft.core.randomness import forked_rng
 from sft.training.checkpoint import Checkpoint
 
 WARM_UP = 0.05
@@ -43,7 +44,8 @@ def finetune(
 
     steps : optimiser steps; the data is passed through as often as needed.
     checkpoint : a file for the state; an interrupted call with the same arguments goes on from it
-        and ends in the same weights. It is removed at the end.
+        and ends in the same weights. It stays until the caller, who has stored the result, deletes
+        it. A state of other arguments is refused.
     Returns the trained copy. Raises `InputError` for empty data or missing targets.
     """
     student = copy_module(model)
@@ -51,12 +53,13 @@ def finetune(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    stored = Checkpoint(checkpoint, student, optimizer)
+    request = f"steps={steps} learning_rate={learning_rate} seed={seed}"
+    stored = Checkpoint(checkpoint, student, optimizer, request)
     first = stored.resume()
     device = parameters[0].device
     if teacher is not None:
         teacher = copy_module(teacher).to(device)
-    with torch.random.fork_rng(devices=[]):
+    with forked_rng():
         for step, batch in _batches(train, first, steps, seed):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(step, steps)
@@ -76,7 +79,8 @@ def finetune(
                 say(
                     f"  step {step + 1}/{steps}, loss {float(loss.detach()):.4f}, {left:.0f} s left"
                 )
-    stored.remove()
+    if first < steps:
+        stored.save(steps)
     return student
 
 
@@ -108,12 +112,14 @@ def _loss(
     student: nn.Module, teacher: nn.Module | None, batch: Any, device: torch.device
 ) -> torch.Tensor:
     x = inputs_of(batch).to(device)
+    check_finite(x, "train")
     outputs: torch.Tensor = student(x)
     if teacher is None:
         targets = targets_of(batch)
         if targets is None:
             raise InputError("Without a teacher, fine-tuning needs loaders of (inputs, targets).")
         wanted = torch.as_tensor(targets, device=device)
+        wanted = wanted if wanted.is_floating_point() else wanted.long().reshape(-1)
         return functional.cross_entropy(outputs, wanted)
     with torch.no_grad():
         wanted = teacher(x)

@@ -1,11 +1,13 @@
 """The verb `verify`: run the exported file in its runtime and compare it with what it should be."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from sft.core.copies import copy_module
 from sft.core.data import Data, Evaluate, Loader, Predict, inputs_of, length_of
 from sft.core.errors import InputError
 from sft.core.files import sha256
@@ -17,6 +19,7 @@ from sft.verification.placement import integer_fraction
 
 LEAST_SQNR_DB = 15.0
 LEAST_AGREEMENT = 0.95
+LEAST_AGREEMENT_WITH_ORIGINAL = 0.5
 
 
 def verify(
@@ -26,6 +29,7 @@ def verify(
     evaluate: Evaluate | None = None,
     *,
     simulation: nn.Module | None = None,
+    integer_share: float | None = None,
     samples: int | None = None,
     threads: int = 1,
 ) -> Check:
@@ -37,12 +41,16 @@ def verify(
     evaluate : the user's score of the file; without it the score is the agreement.
     simulation : the quantised network that the file was made from. `max_abs` and `sqnr_db` compare
         the file with it (without it, with `model`), and the check fails below 15 dB, or when they
-        agree on fewer than 95 % of the samples: then the runtime computes something else.
+        agree on fewer than 95 % of the samples: then the runtime computes something else. Without
+        it the check fails when file and original agree on less than half of the samples.
+    integer_share : the share of multiply-accumulates that is to run in integers; the check fails
+        when fewer did.
     samples : compare at most so many samples (the score always uses all).
     Raises `InputError` if the file is gone or not the one that was exported.
     """
     if isinstance(data, Data):
         data = data.split("test")[0]
+    model = copy_module(model)
     if sha256_changed(artifact):
         raise InputError(f"'{artifact.path}' is not the file that was exported: export it again.")
     with Runner(artifact.path, find_target(artifact.target).runtime, threads) as runner:
@@ -50,7 +58,12 @@ def verify(
         compared = _compare(predict, model, simulation, data, samples)
         fraction = integer_fraction(runner.place())
         score = compared.agreement if evaluate is None else evaluate(predict, data)
-    failures = _failures(compared, simulation is not None, artifact, fraction)
+    wanted = (0.01 if artifact.integers else 0.0) if integer_share is None else integer_share
+    failures = _failures(compared, simulation is not None, wanted, fraction)
+    if score is not None and not math.isfinite(score):
+        raise InputError(
+            f"evaluate returned {score} for '{artifact.path}'; a finite score is wanted."
+        )
     return Check(
         passed=not failures,
         max_abs=compared.max_abs,
@@ -66,12 +79,14 @@ def verify(
 def agreement_with(model: nn.Module) -> Evaluate:
     """An `evaluate` for unlabelled data: the share of samples decided as `model` decides them."""
 
+    original = _predictor(copy_module(model))
+
     def evaluate(predict: Predict, loader: Loader) -> float:
         alike = count = 0
         with torch.no_grad():
             for batch in loader:
                 x = inputs_of(batch)
-                alike += _alike(predict(x), _predictor(model)(x))
+                alike += _alike(predict(x), original(x))
                 count += len(x)
         return alike / max(count, 1)
 
@@ -129,7 +144,7 @@ def _compare(
 
 
 def _failures(
-    compared: _Comparison, simulated: bool, artifact: Artifact, fraction: float
+    compared: _Comparison, simulated: bool, integer_share: float, fraction: float
 ) -> list[str]:
     failures: list[str] = []
     if not compared.finite:
@@ -144,8 +159,16 @@ def _failures(
             f"File and simulation agree on {compared.alike_simulation:.1%} of the samples, "
             f"{LEAST_AGREEMENT:.0%} is wanted."
         )
-    if artifact.integers and fraction == 0:
-        failures.append("No multiply-accumulate ran in integers, though the plan asks for it.")
+    if not simulated and compared.agreement < LEAST_AGREEMENT_WITH_ORIGINAL:
+        failures.append(
+            f"File and original agree on {compared.agreement:.1%} of the samples, "
+            f"{LEAST_AGREEMENT_WITH_ORIGINAL:.0%} is wanted: it may be the file of another network."
+        )
+    if fraction < integer_share - 0.005:
+        failures.append(
+            f"{fraction:.1%} of the multiply-accumulates ran in integers, where the plan asks for "
+            f"{integer_share:.1%}: the runtime did not fuse some layers."
+        )
     return failures
 
 
