@@ -4,8 +4,8 @@
     python benchmarks/main_job.py --read DIR reads the result.json of an earlier run
 
 Every figure is of the exported files: the full 10,000 test images, one thread, batch 1, before and
-after timed in turn in one run. Writes `benchmarks/results/main_job-<machine>.csv`; the last line
-printed is one JSON object. Run it on an idle machine.
+after timed in turn in one run. Writes `benchmarks/results/main_job-<machine>.csv` and the README's
+picture `docs/demo.svg`; the last line printed is one JSON object. Run it on an idle machine.
 """
 
 import argparse
@@ -19,7 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sft.reporting.svg import Point, size_against_score
+
 RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parents[1] / "docs" / "demo.svg"
+STYLE = """<style>
+text { font: 14px system-ui, sans-serif; fill: #444 } .tick, .value { fill: #777 }
+.grid { stroke: #ddd } .way { stroke: #888; stroke-width: 1.5; stroke-dasharray: 4 4 }
+.before { fill: #8fa5b5 } .after { fill: #14619c } .axis { stroke: #888 }
+</style>"""
 OUT = Path("out/demo")
 COMPRESSING = ("profile", "plan", "apply", "finetune", "quantise", "export")
 
@@ -38,6 +46,7 @@ def main() -> None:
     result = json.loads((folder / "result.json").read_text())
     figures = _figures(result, seconds)
     path = _write(result, figures)
+    _draw(result)
     for name, measured, sense, wanted in figures:
         verdict = _verdict(measured, sense, wanted)
         print(f"{name:28} {measured:10.3f}  wanted {sense} {wanted:<8} {verdict}")
@@ -102,6 +111,18 @@ def _write(result: dict[str, Any], figures: list[Figure]) -> Path:
             rank = ",".join(map(str, row["rank"])) or "-"
             table.writerow([f"layer.{row['name']}", f"{row['scheme']} {rank}", "", "", ""])
     return path
+
+
+def _draw(result: dict[str, Any]) -> None:
+    """The README's picture: size of the exported file against accuracy."""
+    points = [
+        Point(side, side, result[side]["file_bytes"], 100 * result[side]["score"])
+        for side in ("before", "after")
+    ]
+    drawing = size_against_score(points, "accuracy on the test images", "%")
+    head, _, body = drawing.partition(">")
+    namespace = "" if "xmlns" in head else ' xmlns="http://www.w3.org/2000/svg"'
+    PICTURE.write_text(f'{head}{namespace} width="640">{STYLE}{body}\n')
 
 
 if __name__ == "__main__":

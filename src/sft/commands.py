@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sft.job import Training
 
 DEMO_OUT = "out/demo"
-DEMO_BUDGET = Budget(size=0.1, macs=0.25, max_drop=0.005)
+DEMO_BUDGET = Budget(size=0.1, macs=0.34, max_drop=0.005)
 
 
 def demo(options: argparse.Namespace) -> int:

@@ -46,8 +46,8 @@ class Training:
     steps : optimiser steps in float; integer_steps : steps with rounding in place. 0 leaves out.
     """
 
-    steps: int = 500
-    integer_steps: int = 100
+    steps: int = 800
+    integer_steps: int = 120
     learning_rate: float = 2e-3
     integer_learning_rate: float = 3e-4
 

@@ -96,7 +96,7 @@ def test_a_plan_with_integers_needs_calibration(rounded, net, data, tmp_path) ->
 
 
 def test_another_targets_integers_are_refused(rounded, tmp_path) -> None:
-    with pytest.raises(InputError, match="quantised for 'onnxruntime-avx2'"):
+    with pytest.raises(InputError, match="made for 'onnxruntime-avx2'"):
         export(rounded, rounded.plan, tmp_path / "m.onnx", "onnxruntime-arm64")
 
 

@@ -78,7 +78,7 @@ def test_the_embedded_splits_are_disjoint(embedded: Data) -> None:
 
 def test_the_embedded_batches(embedded: Data) -> None:
     assert embedded.example().shape == (1, 1, 28, 28)
-    for name, size in {"calibration": 100, "train": 128, "validation": 500, "test": 500}.items():
+    for name, size in {"calibration": 100, "train": 64, "validation": 500, "test": 500}.items():
         x, y = next(iter(getattr(embedded, name)))
         assert len(x) == len(y) == size
     x, _ = _tensors(embedded.train)

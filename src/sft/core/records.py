@@ -88,7 +88,13 @@ class Layer(Record):
         count = 1
         for side in self.weight_shape:
             count *= side
-        return count + (self.weight_shape[0] if self.bias else 0)
+        return count + (self.outputs if self.bias else 0)
+
+    @property
+    def outputs(self) -> int:
+        """Output channels."""
+        transposed = self.kind.startswith("ConvTranspose")
+        return self.output_shape[0] if transposed else self.weight_shape[0]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -264,7 +270,8 @@ class Target(Record):
     """A runtime and an instruction set: what the exported file is for.
 
     `operators` are the graph operators that stay in integers; `lane` is the multiple on which
-    ranks run well; `layer_bytes` is what one quantised layer adds to a file beside its weights.
+    ranks run well, `output_lane` that of the output channels of a kxk kernel; `layer_bytes` is what
+    one quantised layer adds to a file beside its weights.
     """
 
     name: str
@@ -274,6 +281,7 @@ class Target(Record):
     layout: Layout
     operators: tuple[str, ...]
     lane: int
+    output_lane: int
     note: str
     layer_bytes: int = 0
     format: int = FORMAT

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from sft.core.records import Target
 from sft.core.registry import Registry
 from sft.core.statistics import Statistics
 
@@ -31,6 +32,9 @@ class Decomposition(Protocol):
         self, weight_shape: tuple[int, ...], rank: int, input_pixels: int, output_pixels: int
     ) -> int:
         """Multiply-accumulates of both factors for one sample."""
+
+    def lane(self, target: Target) -> int:
+        """The multiple on which this scheme's rank runs well on a target."""
 
     def errors(self, weight: torch.Tensor, statistics: Statistics | None) -> torch.Tensor:
         """Relative output error ``(full_rank,)`` at rank 1, 2, ...; one factorisation for all."""

@@ -10,6 +10,7 @@ this is the truncated SVD of `M`. The bias takes up the mean of what is dropped.
 import torch
 from torch import nn
 
+from sft.core.records import Target
 from sft.core.statistics import Statistics
 from sft.decompositions.base import (
     descending_eigh,
@@ -42,6 +43,9 @@ class ChannelIn:
     ) -> int:
         outputs, inputs, height, width = weight_shape
         return rank * (inputs * input_pixels + outputs * height * width * output_pixels)
+
+    def lane(self, target: Target) -> int:
+        return target.lane
 
     def errors(self, weight: torch.Tensor, statistics: Statistics | None) -> torch.Tensor:
         energy, _, _, _ = self._basis(weight, statistics)

@@ -9,6 +9,7 @@ eigenvalues. Without statistics it is the truncated SVD of `W` as an ``O x I*kh*
 import torch
 from torch import nn
 
+from sft.core.records import Target
 from sft.core.statistics import Statistics
 from sft.decompositions.base import (
     descending_eigh,
@@ -38,6 +39,9 @@ class ChannelOut:
         self, weight_shape: tuple[int, ...], rank: int, input_pixels: int, output_pixels: int
     ) -> int:
         return self.params(weight_shape, rank) * output_pixels
+
+    def lane(self, target: Target) -> int:
+        return target.output_lane
 
     def errors(self, weight: torch.Tensor, statistics: Statistics | None) -> torch.Tensor:
         energy, _ = self._basis(weight, statistics)

@@ -51,7 +51,7 @@ def load_data(reference: str, model_name: str | None = None) -> Data:
 def _fashion_mnist() -> Data:
     images, labels = fashion_mnist.load_split("train")
     picked = fashion_mnist.balanced_indices(labels, CALIBRATION, CALIBRATION_SEED)
-    train = _batches(images, labels, batch_size=128)
+    train = _batches(images, labels, batch_size=64)
     train.shuffle, train.transform = True, augment
     return Data(
         calibration=_batches(images[picked], labels[picked], batch_size=100),

@@ -42,7 +42,8 @@ def menu(
         options.append((Option(DENSE, weight_bits=WEIGHT_BITS), rounding))
     for scheme in schemes_for(layer, module)[1]:
         errors = decompositions[scheme].errors(weight, statistics)
-        for rank in range(target.lane, len(errors) + 1, target.lane):
+        lane = decompositions[scheme].lane(target)
+        for rank in range(lane, len(errors) + 1, lane):
             option = Option(scheme, (rank,), WEIGHT_BITS)
             if cost_of(layer, option, target).macs < layer.macs:
                 options.append((option, float(errors[rank - 1]) + 2 * rounding))

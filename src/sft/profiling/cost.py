@@ -14,7 +14,7 @@ def cost_of(layer: Layer, option: Option, target: Target) -> Cost:
     Stored bytes: weights in their bits, a scale (4) and a zero point (1) a channel, the bias in
     float32, and what the target's file needs around each quantised layer.
     """
-    outputs = layer.weight_shape[0]
+    outputs = layer.outputs
     bias = outputs if layer.bias or option.rank else 0
     weights, macs, channels, parts = math.prod(layer.weight_shape), layer.macs, outputs, 1
     if option.rank:

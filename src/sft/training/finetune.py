@@ -7,17 +7,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from sft.core.copies import copy_module
-from sft.core.data import Loader, check_finite, inputs_of, targets_of
+from sft.core.data import Loader, inputs_of
 from sft.core.errors import InputError
 from sft.core.progress import say
 from sft.core.randomness import forked_rng
+from sft.layers import Conv2dSFT
+from sft.surgery.modules import fold_batch_norm
 from sft.training.checkpoint import Checkpoint
+from sft.training.objective import Objective
 
 WARM_UP = 0.05
-CLIP = 1.0
+CLIP = 5.0
 REPORT_EVERY = 50
 
 
@@ -29,17 +31,17 @@ def finetune(
     train: Loader,
     teacher: nn.Module | None = None,
     *,
-    steps: int = 500,
+    steps: int = 800,
     learning_rate: float = 2e-3,
     seed: int = 0,
     checkpoint: Path | None = None,
 ) -> M:
     """Train a copy of `model` to give the teacher's outputs; without a teacher, the targets.
 
-    The loss is KL(teacher || model) where the outputs are logits ``(N, classes)``, the relative
-    squared error elsewhere, and cross-entropy with the data's targets where there is no teacher.
-    Adam, the learning rate rises over the first 5 % of the steps and falls along a cosine to zero,
-    gradients are clipped to norm 1. The network stays in evaluation form: dropout is off and batch
+    The loss is that of `Objective`: the distance from the teacher's outputs and from its layers
+    where the student's are split, or cross-entropy with the data's targets without a teacher.
+    Adam; the learning rate rises over the first 5 % of the steps and falls along a cosine to zero,
+    gradients are clipped to norm 5. The network stays in evaluation form: dropout is off and batch
     norm that could not be folded keeps its statistics.
 
     steps : optimiser steps; the data is passed through as often as needed.
@@ -48,7 +50,7 @@ def finetune(
         it. A state of other arguments is refused.
     Returns the trained copy. Raises `InputError` for empty data or missing targets.
     """
-    student = copy_module(model)
+    student = _channels_last(copy_module(model))
     parameters = [p for p in student.parameters() if p.is_floating_point()]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -57,13 +59,12 @@ def finetune(
     stored = Checkpoint(checkpoint, student, optimizer, request)
     first = stored.resume()
     device = parameters[0].device
-    if teacher is not None:
-        teacher = copy_module(teacher).to(device)
+    objective = Objective(student, _prepare_teacher(teacher, student, train, device), device)
     with forked_rng():
         for step, batch in _batches(train, first, steps, seed):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(step, steps)
-            loss = _loss(student, teacher, batch, device)
+            loss = objective(batch, 1 - step / steps)
             if not math.isfinite(float(loss.detach())):
                 raise InputError(
                     f"Fine-tuning diverged at step {step}: the loss is not finite. "
@@ -79,9 +80,35 @@ def finetune(
                 say(
                     f"  step {step + 1}/{steps}, loss {float(loss.detach()):.4f}, {left:.0f} s left"
                 )
+    objective.close()
     if first < steps:
         stored.save(steps)
     return student
+
+
+def _prepare_teacher(
+    teacher: nn.Module | None, student: nn.Module, train: Loader, device: torch.device
+) -> nn.Module | None:
+    """A copy with batch norm folded, so that its layers give what the student's are to give."""
+    if teacher is None:
+        return None
+    with forked_rng():
+        batch = next(iter(train), None)
+    if batch is None:
+        raise InputError("The train data is empty: fine-tuning needs at least one batch.")
+    copied = copy_module(teacher).to(device)
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
+    if norms and any(isinstance(m, Conv2dSFT) for m in student.modules()):
+        copied = fold_batch_norm(copied, inputs_of(batch)[:1].to(device))
+    return _channels_last(copied)
+
+
+def _channels_last(model: M) -> M:
+    """Image kernels in the order that makes training a third faster on processors."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def _batches(train: Loader, first: int, steps: int, seed: int) -> Iterator[tuple[int, Any]]:
@@ -106,27 +133,3 @@ def _schedule(step: int, steps: int) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
-
-
-def _loss(
-    student: nn.Module, teacher: nn.Module | None, batch: Any, device: torch.device
-) -> torch.Tensor:
-    x = inputs_of(batch).to(device)
-    check_finite(x, "train")
-    outputs: torch.Tensor = student(x)
-    if teacher is None:
-        targets = targets_of(batch)
-        if targets is None:
-            raise InputError("Without a teacher, fine-tuning needs loaders of (inputs, targets).")
-        wanted = torch.as_tensor(targets, device=device)
-        wanted = wanted if wanted.is_floating_point() else wanted.long().reshape(-1)
-        return functional.cross_entropy(outputs, wanted)
-    with torch.no_grad():
-        wanted = teacher(x)
-    if wanted.ndim == 2 and wanted.shape[1] > 1:
-        return functional.kl_div(
-            outputs.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True
-        )
-    scale = (wanted - wanted.mean()).square().mean().clamp_min(1e-12)
-    error: torch.Tensor = (outputs - wanted).square().mean() / scale
-    return error
