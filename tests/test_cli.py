@@ -174,7 +174,7 @@ def test_a_users_score_is_called(project, capsys) -> None:
 
 def test_a_missed_score_exits_with_1(project, capsys) -> None:
     code, _, err = call(
-        capsys, "compress", *model(project), "--macs", "0.55", "--max-drop", "0.1", "--steps", "0",
+        capsys, "compress", *model(project), "--macs", "0.62", "--max-drop", "0.1", "--steps", "0",
         "--integer-steps", "0", "--evaluate", f"{project}:falling",
     )  # fmt: skip
     assert code == 1

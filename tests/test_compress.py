@@ -156,10 +156,10 @@ def test_an_accuracy_floor_alone_makes_it_as_small_as_it_allows(net, data, tmp_p
 def test_keep_and_overrides_are_obeyed(net, data, tmp_path) -> None:
     result = compress(
         net, data, sft.Budget(size=0.95), out=tmp_path / "o", training=Training(0, 0),
-        keep=["f*"], overrides={"body": sft.Option("channel_out", (8,))},
+        keep=["f*"], overrides={"body": sft.Option("channel_in", (8,))},
     )  # fmt: skip
     assert result.plan.option("fc").scheme == "keep"
-    assert result.plan.option("body") == sft.Option("channel_out", (8,))
+    assert result.plan.option("body") == sft.Option("channel_in", (8,))
     assert result.data["check"]["integer_macs_fraction"] < 1
 
 

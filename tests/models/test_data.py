@@ -149,7 +149,7 @@ def test_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sft_test_data.py").write_text(SOURCE)
     assert load_data("sft_test_data:good").name == "mine"
     for name, message in {
-        "once": "the train data is of type list_iterator, which cannot be read again",
+        "once": "The train data is a generator, which can be read only once",
         "unbroken": "returned list; an sft.Data is wanted",
         "empty": "The calibration data is empty",
         "infinite": "holds NaN or infinite",

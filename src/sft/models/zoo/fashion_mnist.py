@@ -40,7 +40,7 @@ def read_idx(path: Path) -> Bytes:
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
     if values.size != int(np.prod(shape)):
         raise InputError(f"'{path}' holds {values.size} values where its header says {shape}.")
-    return values.reshape(shape)
+    return values.reshape(shape).copy()
 
 
 def write_idx(path: Path, values: Bytes) -> None:
