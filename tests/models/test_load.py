@@ -7,7 +7,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sft.core.errors import InputError
-from sft.models import load
 from sft.models.load import load_model, only_tensors
 
 SOURCE = """
@@ -227,7 +226,6 @@ def test_the_embedded_network_with_weights_of_its_own(tmp_path: Path) -> None:
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.skipif(not load.EMBEDDED_WEIGHTS.is_file(), reason="the trained weights are not here")
 def test_the_embedded_network() -> None:
     from sft.core.data import top1
     from sft.models.zoo import fashion_mnist as fm
