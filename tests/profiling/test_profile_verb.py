@@ -1,0 +1,25 @@
+"""The verb `profile`: its options move the result, and it is stored whole."""
+
+import torch
+
+from sft.profiling.profile import load_profile, profile, save_profile
+
+
+def test_data_free_uses_the_weights_alone(net, data) -> None:
+    aware = profile(net, data, "onnxruntime-avx2")
+    blind = profile(net, data, "onnxruntime-avx2", data_free=True)
+    assert set(aware.statistics) == {"stem", "body", "down"}
+    assert blind.statistics == {}
+    assert aware.fingerprint != blind.fingerprint
+    errors = [[c.error for p in q.layers for c in p.candidates] for q in (aware, blind)]
+    assert errors[0] != errors[1]
+
+
+def test_a_profile_comes_back_as_it_was(net, data, tmp_path) -> None:
+    measured = profile(net, data, "onnxruntime-avx2")
+    save_profile(measured, tmp_path / "p")
+    again = load_profile(tmp_path / "p")
+    assert again == measured
+    for name, statistics in measured.statistics.items():
+        stored = again.statistics[name].output_covariance
+        assert torch.equal(stored, statistics.output_covariance)
