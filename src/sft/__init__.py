@@ -35,6 +35,7 @@ _HOMES = {
     "plan": "sft.planning.allocate",
     "profile": "sft.profiling.profile",
     "quantize": "sft.surgery.quantize",
+    "reconstruct": "sft.training.reconstruct",
     "report": "sft.reporting.html",
     "top1": "sft.core.data",
     "verify": "sft.verification.parity",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from sft.surgery.apply import apply as apply
     from sft.surgery.quantize import quantize as quantize
     from sft.training.finetune import finetune as finetune
+    from sft.training.reconstruct import reconstruct as reconstruct
     from sft.verification.parity import verify as verify
 
 

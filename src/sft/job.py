@@ -93,7 +93,7 @@ class Job:
         with forked_rng(self.seed):
             train = fingerprint_data(self.data.split("train")[0])
         asked = (
-            fingerprint(self.model, self.data, self.target, False, self.seed),
+            fingerprint(self.model, self.data, self.target, seed=self.seed),
             train, request, self.training, self.evaluate is None, self.name, repr(self.model),
             __version__, torch.get_num_threads(),
         )  # fmt: skip

@@ -1,11 +1,13 @@
-"""The data-aware closed forms against what is measured on the data itself."""
+"""The data-aware closed forms against what is measured on the data itself, in a real layer."""
 
 import pytest
 import torch
 from torch import nn
 
-from sft.core.errors import InputError
-from sft.decompositions import choose_rank, decompositions, factorize
+from sft.core.statistics import Statistics
+from sft.decompositions import decompositions, factorize
+from sft.decompositions.base import kernel_of
+from sft.layers import geometry_of
 from sft.profiling.statistics import gather_statistics
 
 
@@ -18,6 +20,12 @@ def correlated_case() -> tuple[nn.Conv2d, torch.Tensor]:
     return conv, x + torch.randn(8, 1, 1, dtype=torch.float64)
 
 
+def known(conv: nn.Conv2d, x: torch.Tensor, patches: bool = False) -> Statistics:
+    wanted = ["0"] if patches else []
+    found, _ = gather_statistics(nn.Sequential(conv), ["0"], [x], patch_covariances=wanted)
+    return found["0"]
+
+
 def measured_error(small: nn.Module, conv: nn.Conv2d, x: torch.Tensor) -> float:
     y, z = conv(x).detach(), small(x).detach()
     centred = y - y.mean((0, 2, 3), keepdim=True)
@@ -27,8 +35,9 @@ def measured_error(small: nn.Module, conv: nn.Conv2d, x: torch.Tensor) -> float:
 @pytest.mark.parametrize("rank", [1, 3, 6, 11])
 def test_output_side_error_is_the_closed_form_one(rank: int) -> None:
     conv, x = correlated_case()
-    statistics = gather_statistics(nn.Sequential(conv), ["0"], [x])[0]["0"]
-    predicted = decompositions["channel_out"].errors(conv.weight, statistics)[rank - 1]
+    statistics = known(conv, x)
+    method = decompositions["channel_out"]
+    predicted = method.analyse(kernel_of(conv), geometry_of(conv), statistics).errors[rank - 1]
     measured = measured_error(factorize(conv, "channel_out", rank, statistics), conv, x)
     assert measured == pytest.approx(float(predicted), rel=1e-6)
 
@@ -36,8 +45,7 @@ def test_output_side_error_is_the_closed_form_one(rank: int) -> None:
 @pytest.mark.parametrize("rank", [1, 3, 6, 11])
 def test_output_side_is_never_worse_than_plain_or_than_random_subspaces(rank: int) -> None:
     conv, x = correlated_case()
-    statistics = gather_statistics(nn.Sequential(conv), ["0"], [x])[0]["0"]
-    best = measured_error(factorize(conv, "channel_out", rank, statistics), conv, x)
+    best = measured_error(factorize(conv, "channel_out", rank, known(conv, x)), conv, x)
     assert best <= measured_error(factorize(conv, "channel_out", rank), conv, x) + 1e-12
     y = conv(x).detach()
     y = (y - y.mean((0, 2, 3), keepdim=True)).transpose(0, 1).flatten(1)
@@ -47,32 +55,37 @@ def test_output_side_is_never_worse_than_plain_or_than_random_subspaces(rank: in
         assert best <= float((y - basis @ (basis.T @ y)).square().sum() / y.square().sum()) + 1e-12
 
 
-@pytest.mark.parametrize("rank", [1, 3, 6])
-def test_input_side_beats_plain_on_correlated_channels(rank: int) -> None:
+@pytest.mark.parametrize("scheme", ["channel_in", "separable", "spatial", "tucker2"])
+@pytest.mark.parametrize("rank", [2, 4, 6])
+def test_other_schemes_beat_plain_on_correlated_channels_and_refining_helps(
+    scheme: str, rank: int
+) -> None:
     conv, x = correlated_case()
-    statistics = gather_statistics(nn.Sequential(conv), ["0"], [x])[0]["0"]
-    aware = measured_error(factorize(conv, "channel_in", rank, statistics), conv, x)
-    assert aware < measured_error(factorize(conv, "channel_in", rank), conv, x)
+    statistics = known(conv, x, patches=True)
+    plain, aware, refined = (
+        measured_error(factorize(conv, scheme, rank, s, refine=refine), conv, x)
+        for s, refine in ((None, False), (statistics, False), (statistics, True))
+    )
+    assert refined < aware < plain
 
 
-@pytest.mark.parametrize("scheme", ["channel_in", "channel_out"])
-def test_the_bias_takes_up_the_dropped_mean(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", list(decompositions))
+@pytest.mark.parametrize("refine", [False, True])
+def test_the_bias_takes_up_the_dropped_mean(scheme: str, refine: bool) -> None:
     conv, x = correlated_case()
-    statistics = gather_statistics(nn.Sequential(conv), ["0"], [x])[0]["0"]
-    small = factorize(conv, scheme, 2, statistics)
+    small = factorize(conv, scheme, 2, known(conv, x, patches=True), refine=refine)
     difference = (small(x) - conv(x)).detach().mean((0, 2, 3))
     assert float(difference.abs().max()) < 1e-9
 
 
-def test_l1_and_l2_choose_the_rank() -> None:
-    conv = nn.Conv2d(6, 9, 3).double()
-    loose, tight = (factorize(conv, "channel_out", l1=t, l2=t) for t in (0.01, 0.4))
-    assert loose.rank > tight.rank
-    assert tight.rank == max(1, choose_rank(conv.weight.detach().flatten(1), 0.4, 0.4))
-
-
-def test_rank_and_objective_exclude_each_other() -> None:
-    with pytest.raises(InputError, match="either"):
-        factorize(nn.Conv2d(6, 9, 3), "channel_in", 3, l1=0.1, l2=0.1)
-    with pytest.raises(InputError, match="rank="):
-        factorize(nn.Conv2d(6, 9, 3), "channel_in")
+@pytest.mark.parametrize("scheme", ["channel_in", "channel_out"])
+def test_pointwise_layers_whose_outputs_alone_are_known(scheme: str) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(12, 5, 1).double()
+    x = torch.randn(4, 12, 6, 6, dtype=torch.float64) * torch.logspace(0, -1, 12)[:, None, None]
+    statistics = known(conv, x)
+    method = decompositions[scheme]
+    errors = method.analyse(kernel_of(conv), geometry_of(conv), statistics).errors
+    for rank in (1, 3):
+        small = factorize(conv, scheme, rank, statistics, refine=True)
+        assert measured_error(small, conv, x) == pytest.approx(float(errors[rank - 1]), rel=1e-5)

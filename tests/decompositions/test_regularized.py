@@ -60,6 +60,20 @@ def test_width_limit_keeps_the_largest_shrunk_values() -> None:
     assert alternate(k, 0.05, 0.05, 2, 3) == pytest.approx(found.value, rel=1e-7)
 
 
+@pytest.mark.parametrize(("l1", "l2"), [(0.8, 0.8), (0.4, 1.8)])
+def test_debiased_factors_are_the_best_approximation_of_the_chosen_rank(
+    l1: float, l2: float
+) -> None:
+    torch.manual_seed(0)
+    k = torch.randn(7, 11, dtype=torch.float64)
+    shrunk, free = solve_regularized(k, l1, l2), solve_regularized(k, l1, l2, debias=True)
+    assert 1 <= free.rank == shrunk.rank < 7
+    dropped = torch.linalg.svdvals(k)[free.rank :].square().sum()
+    assert float((k - free.a @ free.b).square().sum()) == pytest.approx(float(dropped), rel=1e-9)
+    assert objective(k, free.a, free.b, l1, l2) == pytest.approx(free.value, rel=1e-9)
+    assert free.value > shrunk.value
+
+
 @pytest.mark.parametrize(("l1", "l2"), [(0.0, 1.0), (1.0, -1.0)])
 def test_weights_must_be_positive(l1: float, l2: float) -> None:
     with pytest.raises(InputError, match="above 0"):

@@ -7,7 +7,7 @@ import pytest
 
 from sft.core.budget import Budget
 from sft.core.errors import InputError
-from sft.core.records import Inspection, Option, Plan
+from sft.core.records import Inspection, Layer, Option, Plan
 from sft.planning import check_plan, plan
 from sft.planning.edit import FULL_RANKS
 
@@ -44,7 +44,8 @@ def test_a_made_plan_fits(made, layers, profile):
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (4, 8, 1, 1), (30, 2, 3, 3), (2, 30, 3, 3)])
 def test_full_rank_is_that_of_the_unfolded_kernel(scheme, unfolded, shape):
     weight = np.random.default_rng(0).normal(size=shape)
-    assert FULL_RANKS[scheme](shape) == np.linalg.matrix_rank(unfolded(weight))
+    layer = Layer("x", "Conv2d", shape, True, (1,), (1,), 1)
+    assert FULL_RANKS[scheme](layer) == np.linalg.matrix_rank(unfolded(weight))
 
 
 def test_an_edit_that_fits_passes_and_survives_json(made, layers):
@@ -79,7 +80,7 @@ def test_unknown_and_refused_schemes(made, layers):
 
 def test_other_schemes_come_with_their_full_rank(made, layers):
     other = made.replace("stage2.conv2", Option("tucker2", (8, 9), 8))
-    ranks = {"tucker2": lambda shape: (shape[1], 8)}
+    ranks = {"tucker2": lambda layer: (layer.weight_shape[1], 8)}
     names = {"stage2.conv2"}
     rows = tuple(r for r in other.rows if r.name in names)
     listed = [layer for layer in layers if layer.name in names]

@@ -23,7 +23,7 @@ def test_only_the_named_layer_is_split_and_the_model_is_untouched(net, plan) -> 
     before = {k: v.clone() for k, v in net.state_dict().items()}
     small = apply(net, plan.replace("body", Option("channel_in", (8,))))
     assert isinstance(small.body, Conv2dSFT)
-    assert small.body.rank == 8
+    assert small.body.rank == (8,)
     assert not isinstance(small.down, Conv2dSFT)
     assert list(net.state_dict()) == list(before)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -47,7 +47,7 @@ def test_statistics_make_the_factors_better_than_plain_svd(net, data, plan) -> N
 @pytest.mark.parametrize(
     ("layer", "option", "words"),
     [
-        ("fc", Option("channel_out", (2,)), "'fc'.*Linear"),
+        ("fc", Option("spatial", (2,)), r"'fc' with weight \(4, 32\).*fewer than two axes"),
         ("body", Option("channel_out", (99,)), r"'body' with weight \(16, 16, 3, 3\).*1 to 16"),
         ("body", Option("no_such", (2,)), "no decomposition 'no_such'"),
     ],

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from sft.core.errors import InputError, VerificationError
 from sft.core.files import read_text, write_text
+from sft.core.geometry import Geometry
 
 FORMAT = 1
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -69,8 +70,10 @@ class Record:
 class Layer(Record):
     """One layer as the model uses it.
 
-    `input_shape` and `output_shape` are of one sample, without the batch axis. `refusals` maps a
-    scheme to the reason why it cannot be used here.
+    `input_shape` and `output_shape` are of one sample, without the batch axis; `calls` counts how
+    often one run calls the layer, and `macs` are of all its calls. `geometry` is None for a layer
+    that no decomposition could handle. `refusals` maps a scheme to the reason why it cannot be used
+    here.
     """
 
     name: str
@@ -82,6 +85,13 @@ class Layer(Record):
     macs: int
     calls: int = 1
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
+    geometry: Geometry | None = None
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Lengths of the axes of one sample that are not channels."""
+        linear = self.geometry is not None and not self.geometry.axes
+        return self.input_shape[:-1] if linear else self.input_shape[1:]
 
     @property
     def params(self) -> int:
@@ -271,7 +281,8 @@ class Target(Record):
 
     `operators` are the graph operators that stay in integers; `lane` is the multiple on which
     ranks run well, `output_lane` that of the output channels of a kxk kernel; `layer_bytes` is what
-    one quantised layer adds to a file beside its weights.
+    one quantised layer adds to a file beside its weights. `schemes` are the decompositions that are
+    planned with unless others are asked for: those that are known to run well there.
     """
 
     name: str
@@ -284,6 +295,7 @@ class Target(Record):
     output_lane: int
     note: str
     layer_bytes: int = 0
+    schemes: tuple[str, ...] = ("channel_in", "channel_out")
     format: int = FORMAT
 
 

@@ -1,99 +1,52 @@
-"""The input-side channel scheme: a 1x1 convolution to r channels, then kxk to all outputs.
+"""The input-side channel scheme: a pointwise layer to r channels, then the kernel to all outputs.
 
-This is the order of the published `Conv2dSFT`. With the kernel unfolded as `M` (``O*kh*kw x I``)
-and inputs taken as stationary with channel covariance `C`, the best rank-r projection of the input
-channels comes from the eigenvectors `V` of ``C^(1/2) M^T M C^(1/2)``:
-``first = V_r^T C^(-1/2)``, ``second = M C^(1/2) V_r``. Without statistics `C` is the identity and
-this is the truncated SVD of `M`. The bias takes up the mean of what is dropped.
+This is the order of the published `Conv2dSFT`. With the kernel `Kw` whitened on its modes
+(`metric`) and unfolded to ``(i, o S)``, the best projection of the input channels has the first r
+left singular vectors `V` of it:
+
+    first = V_r^T C^(-1/2)        second = K C^(1/2) V_r
+
+and the error at rank r is the tail of its squared singular values. The second factor is the least
+squares solution in the metric, whatever the roots on outputs and taps are. The bias takes up the
+mean of what is dropped. A pointwise kernel has one split at all, that of `channel_out`.
 """
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from sft.core.records import Target
+from sft.core.geometry import Geometry
 from sft.core.statistics import Statistics
-from sft.decompositions.base import (
-    descending_eigh,
-    relative_tail,
-    shift_bias,
-    unsupported_convolution,
-)
-from sft.layers import Conv2dSFT
-
-REGULARISATION = 1e-6
+from sft.decompositions.base import Chain, Factorization, Rank
+from sft.decompositions.bases import balanced, by_inputs, principal_basis, relative_tails
+from sft.decompositions.channel_out import analyse_outputs
+from sft.decompositions.metric import Metric
+from sft.layers.chains import CHANNEL_IN
 
 
-class ChannelIn:
-    """1x1 ``I -> r``, then kxk ``r -> O`` (stride, padding, dilation of the original)."""
+class ChannelIn(Chain):
+    """Pointwise ``I -> G r``, then the kernel ``G r -> O`` with stride, padding and dilation."""
 
-    name = "channel_in"
+    name = CHANNEL_IN
 
-    def unsupported(self, layer: nn.Module) -> str | None:
-        return unsupported_convolution(layer)
+    def full_rank(self, geometry: Geometry) -> Rank:
+        outputs, inputs = (n // geometry.groups for n in (geometry.outputs, geometry.inputs))
+        return (min(inputs, outputs * geometry.taps),)
 
-    def full_rank(self, weight_shape: tuple[int, ...]) -> int:
-        return min(weight_shape[1], weight_shape[0] * weight_shape[2] * weight_shape[3])
+    def analyse(
+        self, kernel: Tensor, geometry: Geometry, statistics: Statistics | None
+    ) -> Factorization:
+        if geometry.pointwise:
+            return analyse_outputs(kernel, statistics)
+        metric = Metric.of(statistics, kernel)
+        half = metric.on_inputs(kernel)
+        whitened = metric.on_outputs(metric.on_taps(half))
+        energies, basis = principal_basis(by_inputs(whitened), by_inputs(half))
+        rows = by_inputs(half).mT
 
-    def params(self, weight_shape: tuple[int, ...], rank: int) -> int:
-        outputs, inputs, height, width = weight_shape
-        return rank * (inputs + outputs * height * width)
+        def assemble(rank: Rank) -> list[Tensor]:
+            kept = basis[..., : rank[0]]
+            first = metric.off_inputs(kept.mT)[..., None]
+            second = rows @ kept
+            second = second.reshape(*kernel.shape[:2], kernel.shape[3], rank[0])
+            return balanced([first, second.mT])
 
-    def macs(
-        self, weight_shape: tuple[int, ...], rank: int, input_pixels: int, output_pixels: int
-    ) -> int:
-        outputs, inputs, height, width = weight_shape
-        return rank * (inputs * input_pixels + outputs * height * width * output_pixels)
-
-    def lane(self, target: Target) -> int:
-        return target.lane
-
-    def errors(self, weight: torch.Tensor, statistics: Statistics | None) -> torch.Tensor:
-        energy, _, _, _ = self._basis(weight, statistics)
-        return relative_tail(energy)[: self.full_rank(tuple(weight.shape))]
-
-    def build(self, layer: nn.Module, rank: int, statistics: Statistics | None) -> nn.Module:
-        assert isinstance(layer, nn.Conv2d)
-        weight = layer.weight.detach()
-        _, vectors, root, inverse_root = self._basis(weight, statistics)
-        outputs, inputs, height, width = weight.shape
-        matrix = _unfold(weight)
-        kept = vectors[:, :rank]
-        first = kept.T @ inverse_root
-        second = matrix @ (root @ kept)
-        balance = (second.square().mean() / first.square().mean()).sqrt().sqrt()
-        balance = balance if balance > 0 else torch.ones_like(balance)
-        first, second = first * balance, second / balance
-        small = Conv2dSFT.like(layer, rank, self.name)
-        kernel = second.reshape(outputs, height, width, rank).permute(0, 3, 1, 2)
-        small.first.weight.data.copy_(first.reshape(small.first.weight.shape))
-        small.second.weight.data.copy_(kernel)
-        lost = None
-        if statistics is not None:
-            product = (second @ first).reshape(outputs, height, width, inputs)
-            missing = weight.double().cpu() - product.permute(0, 3, 1, 2)
-            lost = missing.flatten(1) @ statistics.patch_mean
-        shift_bias(small.second, layer.bias, lost)
-        return small
-
-    def _basis(
-        self, weight: torch.Tensor, statistics: Statistics | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Energies and eigenvectors of the whitened kernel, C^(1/2) and C^(-1/2)."""
-        matrix = _unfold(weight)
-        inputs = matrix.shape[1]
-        identity = torch.eye(inputs, dtype=torch.float64)
-        root = inverse_root = identity
-        if statistics is not None:
-            covariance = statistics.input_covariance
-            floor = REGULARISATION * covariance.diagonal().mean() + 1e-30
-            values, vectors = descending_eigh(covariance + floor * identity)
-            values = values.clamp_min(float(floor))
-            root = (vectors * values.sqrt()) @ vectors.T
-            inverse_root = (vectors / values.sqrt()) @ vectors.T
-        energy, basis = descending_eigh(root @ (matrix.T @ matrix) @ root)
-        return energy, basis, root, inverse_root
-
-
-def _unfold(weight: torch.Tensor) -> torch.Tensor:
-    """Kernel ``(O, I, kh, kw)`` to the matrix ``(O*kh*kw, I)`` in float64."""
-    return weight.detach().double().cpu().permute(0, 2, 3, 1).reshape(-1, weight.shape[1])
+        return Factorization(relative_tails(energies), (energies,), assemble)

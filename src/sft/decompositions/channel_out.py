@@ -1,72 +1,69 @@
-"""The output-side channel scheme: a kxk convolution to r channels, then 1x1 to all outputs.
+"""The output-side channel scheme: the kernel to r channels, then a pointwise layer to all outputs.
 
 Data-aware form (Zhang et al. 2015): the best rank-r subspace of the *outputs* is spanned by the
-first r eigenvectors `U` of their centred covariance, so `first = U^T W`, `second = U`, and the
-bias takes up the mean of what is dropped. The error at every rank is the sum of the dropped
-eigenvalues. Without statistics it is the truncated SVD of `W` as an ``O x I*kh*kw`` matrix.
+first r eigenvectors `U` of their centred covariance `Cy`, or of ``L^T Cy L`` where the second
+moment ``L L^T`` of the loss gradient is known. It is exact, the optimum over all such pairs:
+
+    first = U_r^T L^T K        second = L^(-T) U_r        error(r) = tail of the eigenvalues
+
+The bias takes up the mean of what is dropped. Without statistics it is the truncated singular value
+decomposition of `K` as an ``o x i S`` matrix.
 """
 
-import torch
-from torch import nn
+from torch import Tensor
 
+from sft.core.geometry import Geometry
 from sft.core.records import Target
 from sft.core.statistics import Statistics
-from sft.decompositions.base import (
-    descending_eigh,
-    relative_tail,
-    shift_bias,
-    unsupported_convolution,
-)
-from sft.layers import Conv2dSFT
+from sft.decompositions.base import Chain, Factorization, Rank
+from sft.decompositions.bases import principal_basis, principal_basis_of_gram, relative_tails
+from sft.decompositions.metric import Metric, root_of
+from sft.layers.chains import CHANNEL_OUT
 
 
-class ChannelOut:
-    """kxk ``I -> r`` (stride, padding, dilation of the original), then 1x1 ``r -> O``."""
+class ChannelOut(Chain):
+    """The kernel ``I -> G r`` with stride, padding and dilation, then pointwise ``G r -> O``."""
 
-    name = "channel_out"
+    name = CHANNEL_OUT
+    refinable = False
 
-    def unsupported(self, layer: nn.Module) -> str | None:
-        return unsupported_convolution(layer)
+    def full_rank(self, geometry: Geometry) -> Rank:
+        outputs, inputs = (n // geometry.groups for n in (geometry.outputs, geometry.inputs))
+        return (min(outputs, inputs * geometry.taps),)
 
-    def full_rank(self, weight_shape: tuple[int, ...]) -> int:
-        return min(weight_shape[0], weight_shape[1] * weight_shape[2] * weight_shape[3])
+    def lane(self, target: Target) -> Rank:
+        return (target.output_lane,)
 
-    def params(self, weight_shape: tuple[int, ...], rank: int) -> int:
-        outputs, inputs, height, width = weight_shape
-        return rank * (inputs * height * width + outputs)
+    def analyse(
+        self, kernel: Tensor, geometry: Geometry, statistics: Statistics | None
+    ) -> Factorization:
+        return analyse_outputs(kernel, statistics)
 
-    def macs(
-        self, weight_shape: tuple[int, ...], rank: int, input_pixels: int, output_pixels: int
-    ) -> int:
-        return self.params(weight_shape, rank) * output_pixels
 
-    def lane(self, target: Target) -> int:
-        return target.output_lane
+def analyse_outputs(kernel: Tensor, statistics: Statistics | None) -> Factorization:
+    """The pairs with the first r principal directions of the outputs, for every r."""
+    if statistics is None:
+        return split_outputs(kernel, None, Metric())
+    gradient = statistics.gradient_covariance
+    left = Metric(None if gradient is None else root_of(gradient.to(kernel)))
+    return split_outputs(kernel, statistics.covariance_of_outputs(kernel).to(kernel), left)
 
-    def errors(self, weight: torch.Tensor, statistics: Statistics | None) -> torch.Tensor:
-        energy, _ = self._basis(weight, statistics)
-        return relative_tail(energy)[: self.full_rank(tuple(weight.shape))]
 
-    def build(self, layer: nn.Module, rank: int, statistics: Statistics | None) -> nn.Module:
-        assert isinstance(layer, nn.Conv2d)
-        weight = layer.weight.detach()
-        _, basis = self._basis(weight, statistics)
-        kept = basis[:, :rank]
-        matrix = weight.double().cpu().flatten(1)
-        small = Conv2dSFT.like(layer, rank, self.name)
-        small.first.weight.data.copy_((kept.T @ matrix).reshape(small.first.weight.shape))
-        small.second.weight.data.copy_(kept.reshape(small.second.weight.shape))
-        lost = None
-        if statistics is not None:
-            mean = matrix @ statistics.patch_mean
-            lost = mean - kept @ (kept.T @ mean)
-        shift_bias(small.second, layer.bias, lost)
-        return small
+def split_outputs(kernel: Tensor, covariance: Tensor | None, metric: Metric) -> Factorization:
+    """As `analyse_outputs`, in the root on outputs of a metric.
 
-    def _basis(
-        self, weight: torch.Tensor, statistics: Statistics | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if statistics is not None:
-            return descending_eigh(statistics.output_covariance)
-        matrix = weight.detach().double().cpu().flatten(1)
-        return descending_eigh(matrix @ matrix.T)
+    covariance : ``(G, o, o)`` of the outputs; None for white inputs.
+    """
+    rows = metric.on_outputs(kernel).flatten(2)
+    if covariance is None:
+        energies, basis = principal_basis(rows)
+    else:
+        covariance = metric.on_outputs(metric.on_outputs(covariance).mT)
+        energies, basis = principal_basis_of_gram(covariance, rows)
+
+    def assemble(rank: Rank) -> list[Tensor]:
+        kept = basis[..., : rank[0]]
+        first = (kept.mT @ rows).reshape(len(kernel), rank[0], *kernel.shape[2:])
+        return [first, metric.off_outputs(kept)[..., None]]
+
+    return Factorization(relative_tails(energies), (energies,), assemble)

@@ -16,7 +16,7 @@ from sft.core.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class RegularizedFactors:
-    """``A (m, r)``, ``B (r, n)`` of the matrix ``K (m, n)``, and the optimal value."""
+    """``A (m, r)``, ``B (r, n)`` of the matrix ``K (m, n)``, and the objective's value there."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -25,11 +25,18 @@ class RegularizedFactors:
 
 
 def solve_regularized(
-    matrix: torch.Tensor, l1: float, l2: float, max_rank: int | None = None
+    matrix: torch.Tensor,
+    l1: float,
+    l2: float,
+    max_rank: int | None = None,
+    *,
+    debias: bool = False,
 ) -> RegularizedFactors:
     """Minimise the SFT objective over all factor pairs (of at most `max_rank` columns).
 
     matrix : ``(m, n)``, real. l1, l2 : weights of the squared norms, both above 0.
+    debias : keep the chosen rank and refit without shrinking: the best approximation of that rank,
+        and the objective at it.
     Raises `InputError` for another shape or weight. The factors have the matrix's dtype.
     """
     if matrix.ndim != 2:
@@ -41,11 +48,12 @@ def solve_regularized(
     rank = int((s > threshold).sum())
     if max_rank is not None:
         rank = min(rank, max_rank)
-    shrunk = (s[:rank] - threshold).sqrt()
+    shrunk = (s[:rank] - (0.0 if debias else threshold)).sqrt()
     a = u[:, :rank] * shrunk * (l2 / l1) ** 0.25
     b = (l1 / l2) ** 0.25 * shrunk[:, None] * vt[:rank]
     kept, dropped = s[:rank], s[rank:]
-    value = float((threshold * kept - threshold**2 / 2).sum() + dropped.square().sum() / 2)
+    lost = 0.0 if debias else threshold**2 / 2
+    value = float((threshold * kept - lost).sum() + dropped.square().sum() / 2)
     return RegularizedFactors(a.to(matrix.dtype), b.to(matrix.dtype), rank, value)
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 
 from sft.core.errors import InputError
+from sft.core.kernels import geometry_of
 from sft.core.records import Inspection, Layer
 from sft.models.quote import one_line
 
@@ -40,6 +41,7 @@ class _Trace:
     output_shape: tuple[int, ...]
     macs: int = 0
     calls: int = 0
+    alike: bool = True
 
 
 def inspect(model: nn.Module, example: Tensor, name: str = "model") -> Inspection:
@@ -91,34 +93,28 @@ def check_model(model: nn.Module, example: Tensor) -> None:
             )
 
 
-def refusal(module: nn.Module, calls: int, shared: bool) -> str | None:
+def refusal(module: nn.Module, alike: bool, shared: bool) -> str | None:
     """Why no decomposition can be used on `module`, or None.
 
-    calls : how often one run of the model calls it.
-    shared : its weight, or the module itself, is also found elsewhere in the model.
+    alike : all its calls in one run of the model have inputs of one shape.
+    shared : its weight is also that of another module.
     """
     kind = _kind(module)
     if is_parametrized(module) or module._parameters.get("weight") is None:
         return "its weight is computed from other tensors (a parametrization); remove that first"
     if type(module) not in STANDARD:
         return f"{kind} is a class of its own, whose forward may do anything"
-    if not isinstance(module, nn.Conv2d):
-        return f"not offered for {kind} yet"
     if shared:
-        return "its weight is shared with another module"
-    if calls != 1:
-        return f"it is called {calls} times in one run"
-    if module.groups != 1:
-        return f"it has {module.groups} groups, and only 1 group is offered yet"
-    if tuple(module.kernel_size) == (1, 1):
-        return "its kernel is 1x1: a 1x1 pair would be needed, not offered yet"
+        return "its weight is shared with another module, which would keep the whole kernel"
+    if not alike:
+        return "it is called several times in one run, with inputs of different shapes"
     return None
 
 
 def _layer(model: nn.Module, module: nn.Module, trace: _Trace, batch: int) -> Layer:
     names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
     weight = cast(Tensor, module.weight)
-    reason = refusal(module, trace.calls, len(names) > 1 or _is_tied(model, module))
+    reason = refusal(module, trace.alike, _is_tied(model, module))
     return Layer(
         name=names[0],
         kind=_kind(module),
@@ -129,6 +125,7 @@ def _layer(model: nn.Module, module: nn.Module, trace: _Trace, batch: int) -> La
         macs=trace.macs // batch,
         calls=trace.calls,
         refusals={} if reason is None else {EVERY_DECOMPOSITION: reason},
+        geometry=None if reason is not None else geometry_of(module),
     )
 
 
@@ -152,6 +149,7 @@ def _run(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, _Trace], in
         x = args[0] if args else next(iter(kwargs.values()))
         output = _first(returned)
         trace = traces.setdefault(module, _Trace(_sample(module, x), _sample(module, output)))
+        trace.alike &= trace.input_shape == _sample(module, x)
         trace.macs += _macs(module, x, output)
         trace.calls += 1
 

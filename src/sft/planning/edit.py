@@ -6,14 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from sft.core.errors import InputError
 from sft.core.records import DENSE, KEEP, Inspection, Layer, Option, Plan
 
-Shape = tuple[int, ...]
-FullRank = Callable[[Shape], int | tuple[int, ...]]
+FullRank = Callable[[Layer], int | tuple[int, ...]]
 
-# The exact rank of the built-in schemes for a kernel (O, I, kh, kw): the smaller side of its
-# unfolding. Where the table of decompositions can be seen, its own are passed instead.
+
+def _channel_rank(side: int) -> FullRank:
+    """Exact rank of a channel scheme for a kernel (O, I, ...): the unfolding's smaller side."""
+
+    def full(layer: Layer) -> int:
+        shape = layer.weight_shape
+        return min(shape[side], math.prod(shape) // shape[side])
+
+    return full
+
+
+# Where the table of decompositions can be seen, its own are passed instead.
 FULL_RANKS: Mapping[str, FullRank] = {
-    "channel_in": lambda w: min(w[1], w[0] * math.prod(w[2:])),
-    "channel_out": lambda w: min(w[0], math.prod(w[1:])),
+    "channel_in": _channel_rank(1),
+    "channel_out": _channel_rank(0),
 }
 
 
@@ -24,7 +33,7 @@ def check_plan(
 ) -> None:
     """Raise `InputError` unless each layer has exactly one row, with an option it can take.
 
-    full_ranks : the schemes that exist and their exact rank for a weight shape; pass those of the
+    full_ranks : the schemes that exist and their exact rank for a layer; pass those of the
         registered decompositions to allow for more than the built-in ones.
     """
     known = {layer.name: layer for layer in _listed(layers)}
@@ -64,7 +73,7 @@ def check_option(
         raise InputError(
             f"{where}: there is no scheme '{scheme}'. Choose one of {', '.join(allowed)}."
         )
-    full = _sides(full_ranks[scheme](layer.weight_shape))
+    full = _sides(full_ranks[scheme](layer))
     if len(option.rank) != len(full):
         raise InputError(
             f"{where}: '{scheme}' takes {len(full)} rank{'s' * (len(full) > 1)}, the plan gives "
@@ -75,9 +84,10 @@ def check_option(
         raise InputError(f"{where}: '{scheme}' takes rank {limits} here.")
 
 
-def default_full_rank(scheme: str, weight_shape: Shape) -> tuple[int, ...]:
-    """The exact rank(s) of a built-in scheme; empty for a scheme that is not one."""
-    return _sides(FULL_RANKS[scheme](weight_shape)) if scheme in FULL_RANKS else ()
+def default_full_rank(scheme: str, layer: Layer) -> tuple[int, ...]:
+    """The exact rank of a channel scheme on a layer of one group; empty where it is not known."""
+    grouped = layer.geometry is not None and layer.geometry.groups > 1
+    return _sides(FULL_RANKS[scheme](layer)) if scheme in FULL_RANKS and not grouped else ()
 
 
 def _sides(rank: int | tuple[int, ...]) -> tuple[int, ...]:

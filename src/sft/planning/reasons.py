@@ -48,7 +48,7 @@ def _title(entry: LayerProfile, chosen: Candidate) -> str:
     option = chosen.option
     rank = ""
     if option.rank:
-        full = default_full_rank(option.scheme, entry.layer.weight_shape)
+        full = default_full_rank(option.scheme, entry.layer)
         rank = f" rank {','.join(map(str, option.rank))}"
         rank += f" of {','.join(map(str, full))}" if full else ""
     bits = f"at {option.weight_bits} bits" if option.weight_bits else "in float"

@@ -1,6 +1,8 @@
 """The menu of one layer: keep, dense in integers, and each decomposition at each useful rank."""
 
 import dataclasses
+import itertools
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -9,45 +11,62 @@ from sft.core.copies import copy_module
 from sft.core.records import DENSE, KEEP, Candidate, Layer, Option, Target
 from sft.core.statistics import Statistics
 from sft.decompositions import decompositions
+from sft.decompositions.base import kernel_of
 from sft.profiling.cost import cost_of
 from sft.quantizers.linear import symmetric_scale
 
 WEIGHT_BITS = 8
 QUANTISABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+TWINS = {"channel_in": "channel_out"}  # the same split where the kernel has one tap
 
 
-def schemes_for(layer: Layer, module: nn.Module) -> tuple[dict[str, str], list[str]]:
-    """Why each scheme is refused (by name), and the schemes that remain."""
+def schemes_for(
+    layer: Layer, module: nn.Module, schemes: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Why each scheme is refused (by name), and those of `schemes` that remain."""
     shared = layer.refusals.get("*")
     refusals: dict[str, str] = {}
     for name in decompositions:
         reason = shared or layer.refusals.get(name) or decompositions[name].unsupported(module)
         if reason is not None:
             refusals[name] = reason
-    return refusals, [name for name in decompositions if name not in refusals]
+    remain = [name for name in schemes if name not in refusals]
+    pointwise = layer.geometry is not None and layer.geometry.pointwise
+    return refusals, [n for n in remain if not (pointwise and TWINS.get(n) in remain)]
 
 
 def menu(
-    layer: Layer, module: nn.Module, statistics: Statistics | None, target: Target
+    layer: Layer,
+    module: nn.Module,
+    statistics: Statistics | None,
+    target: Target,
+    schemes: Collection[str],
+    weight_bits: int | None = WEIGHT_BITS,
+    rank_multiple: int | None = None,
 ) -> list[Candidate]:
     """All candidates of a layer with their error and cost; damage is still zero.
 
-    Ranks stand on the target's lane multiple and stop where the factors would cost as many
-    multiply-accumulates as the whole kernel. A layer that cannot be quantised can only be kept.
+    Ranks stand on `rank_multiple`, or on the target's lanes, and stop where the factors would cost
+    as many multiply-accumulates as the whole kernel; of a scheme's ranks only those are kept that
+    no cheaper one beats in error. A layer that cannot be quantised can only be kept, or split in
+    float.
     """
-    options: list[tuple[Option, float]] = [(Option(KEEP, weight_bits=None), 0.0)]
-    if isinstance(module, QUANTISABLE) and "weight" in module._parameters:
-        weight = module.weight.detach()
-        rounding = rounding_error(weight, WEIGHT_BITS, target)
-        options.append((Option(DENSE, weight_bits=WEIGHT_BITS), rounding))
-    for scheme in schemes_for(layer, module)[1]:
-        errors = decompositions[scheme].errors(weight, statistics)
-        lane = decompositions[scheme].lane(target)
-        for rank in range(lane, len(errors) + 1, lane):
-            option = Option(scheme, (rank,), WEIGHT_BITS)
-            if cost_of(layer, option, target).macs < layer.macs:
-                options.append((option, float(errors[rank - 1]) + 2 * rounding))
-    return [Candidate(o, error, 0.0, cost_of(layer, o, target)) for o, error in options]
+    found = [_candidate(layer, Option(KEEP, weight_bits=None), 0.0, target)]
+    rounding = 0.0
+    quantisable = isinstance(module, QUANTISABLE) and "weight" in module._parameters
+    if quantisable and weight_bits is not None:
+        assert isinstance(module.weight, torch.Tensor)
+        rounding = rounding_error(module.weight.detach(), weight_bits, target)
+        dense = Option(DENSE, weight_bits=weight_bits)
+        found.append(_candidate(layer, dense, rounding, target))
+    bits = weight_bits if quantisable else None
+    for scheme in schemes_for(layer, module, schemes)[1]:
+        own = []
+        for rank, error in _ranks(scheme, layer, module, statistics, target, rank_multiple):
+            option = Option(scheme, rank, bits)
+            own.append(_candidate(layer, option, error + 2 * rounding, target))
+        found += _cheapest([c for c in own if c.cost.macs < layer.macs])
+    return found
 
 
 def with_damage(candidates: list[Candidate], alphas: dict[str, float]) -> tuple[Candidate, ...]:
@@ -59,12 +78,12 @@ def with_damage(candidates: list[Candidate], alphas: dict[str, float]) -> tuple[
     )
 
 
-def rounded_copy(module: nn.Module, target: Target) -> nn.Module:
+def rounded_copy(module: nn.Module, bits: int, target: Target) -> nn.Module:
     """The layer with its weight rounded as the target stores it."""
     rounded = copy_module(module)
     weight = rounded._parameters["weight"]
     assert weight is not None
-    weight.data = _round(weight.detach(), WEIGHT_BITS, target)
+    weight.data = _round(weight.detach(), bits, target)
     return rounded
 
 
@@ -72,6 +91,37 @@ def rounding_error(weight: torch.Tensor, bits: int, target: Target) -> float:
     """Relative squared error of rounding the weight per output channel, as the target stores it."""
     rounded = _round(weight, bits, target)
     return float((weight - rounded).square().sum() / weight.square().sum().clamp_min(1e-30))
+
+
+def _candidate(layer: Layer, option: Option, error: float, target: Target) -> Candidate:
+    return Candidate(option, error, 0.0, cost_of(layer, option, target))
+
+
+def _ranks(
+    scheme: str,
+    layer: Layer,
+    module: nn.Module,
+    statistics: Statistics | None,
+    target: Target,
+    multiple: int | None,
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Ranks on the target's multiples, with their errors, from one factorisation."""
+    assert layer.geometry is not None
+    method = decompositions[scheme]
+    errors = method.analyse(kernel_of(module).cpu(), layer.geometry, statistics).errors
+    lanes = [multiple or lane for lane in method.lane(target)]
+    sides = zip(errors.shape, lanes, strict=True)
+    for rank in itertools.product(*(range(lane, full + 1, lane) for full, lane in sides)):
+        yield rank, float(errors[tuple(r - 1 for r in rank)])
+
+
+def _cheapest(candidates: list[Candidate]) -> list[Candidate]:
+    """Those that no other beats in error at as few multiply-accumulates and parameters."""
+    kept: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: (c.cost.macs, c.cost.size, c.error)):
+        if not any(k.error <= c.error and k.cost.size <= c.cost.size for k in kept):
+            kept.append(c)
+    return kept
 
 
 def _round(weight: torch.Tensor, bits: int, target: Target) -> torch.Tensor:

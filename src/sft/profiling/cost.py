@@ -18,11 +18,12 @@ def cost_of(layer: Layer, option: Option, target: Target) -> Cost:
     bias = outputs if layer.bias or option.rank else 0
     weights, macs, channels, parts = math.prod(layer.weight_shape), layer.macs, outputs, 1
     if option.rank:
-        method, rank = decompositions[option.scheme], option.rank[0]
-        weights = method.params(layer.weight_shape, rank)
-        pixels_in, pixels_out = math.prod(layer.input_shape[1:]), math.prod(layer.output_shape[1:])
-        macs = method.macs(layer.weight_shape, rank, pixels_in, pixels_out)
-        channels, parts = outputs + rank, 2
+        assert layer.geometry is not None
+        method = decompositions[option.scheme]
+        factors = method.factors(layer.geometry, option.rank)
+        weights = method.params(layer.geometry, option.rank)
+        macs = method.macs(layer.geometry, option.rank, layer.input_size) * layer.calls
+        channels, parts = sum(f.outputs for f in factors), len(factors)
     if option.scheme == KEEP or option.weight_bits is None:
         size = FLOAT_BYTES * (weights + bias)
     else:

@@ -1,7 +1,8 @@
 """The verb `profile`: everything about a network on data that later steps need, measured once."""
 
+import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -13,17 +14,51 @@ from sft.core.progress import say, track
 from sft.core.randomness import forked_rng
 from sft.core.records import DENSE, Candidate, Inspection, Layer, LayerProfile, Profile, Target
 from sft.core.statistics import Statistics, load_statistics, save_statistics
-from sft.decompositions import factorize
+from sft.decompositions import decompositions, factorize
 from sft.models.inspect import inspect
-from sft.profiling.candidates import menu, rounded_copy, schemes_for, with_damage
+from sft.profiling.candidates import (
+    WEIGHT_BITS,
+    menu,
+    rounded_copy,
+    schemes_for,
+    with_damage,
+)
 from sft.profiling.damage import collect_inputs, divergence, run
 from sft.profiling.statistics import gather_statistics
 from sft.runtimes.targets import find_target
-from sft.surgery.modules import fold_batch_norm, get_module, replace_module
+from sft.surgery.modules import (
+    fold_batch_norm,
+    get_module,
+    open_all_recurrent,
+    replace_module,
+)
 
 ANCHOR_ERROR = 0.1
 ANCHOR_SAMPLES = 256
 PROFILE_FILE, STATISTICS_FILE = "profile.json", "statistics.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """How a profile is measured: what `profile` was asked for."""
+
+    schemes: tuple[str, ...]
+    weight_bits: int | None = WEIGHT_BITS
+    data_free: bool = False
+    loss_aware: bool = False
+    rank_multiple: int | None = None
+    anchor_samples: int = ANCHOR_SAMPLES
+    anchor_error: float = ANCHOR_ERROR
+
+    def __post_init__(self) -> None:
+        for name in ("rank_multiple", "anchor_samples", "anchor_error"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name}={value}: it must be above 0.")
+        if self.weight_bits is not None and not 2 <= self.weight_bits <= 8:
+            raise InputError(f"weight_bits={self.weight_bits}: 2 to 8, or None to stay in float.")
+        for scheme in self.schemes:
+            decompositions[scheme]
 
 
 def profile(
@@ -32,7 +67,13 @@ def profile(
     target: str = "onnxruntime",
     *,
     name: str = "model",
+    schemes: Collection[str] | None = None,
+    weight_bits: int | None = WEIGHT_BITS,
     data_free: bool = False,
+    loss_aware: bool = False,
+    rank_multiple: int | None = None,
+    anchor_samples: int = ANCHOR_SAMPLES,
+    anchor_error: float = ANCHOR_ERROR,
     seed: int = 0,
 ) -> Profile:
     """Measure every layer's menu: each option with its expected damage and its cost.
@@ -42,31 +83,50 @@ def profile(
     divergence from the original's outputs is measured; it scales the closed-form errors. Costs are
     those of the network with its batch norm folded, as it is exported.
 
+    schemes : decompositions to plan with; None takes those that the target is known to run well.
+    weight_bits : bits of the weights of every option; None splits in float and rounds nothing.
     data_free : use plain SVD of the weights instead of the statistics (to compare).
+    loss_aware : weigh output errors by the second moment of the loss gradient (a backward pass a
+        batch; targets are sampled from the model's own predictions, no labels are needed).
+    rank_multiple : ranks on the menus are multiples of it; None takes the target's lanes.
+    anchor_samples, anchor_error : on how many samples the damage of a layer and scheme is measured,
+        and at which relative output error: near what the budget will need is best.
+    Recurrent modules are opened into linear maps, which are layers of the profile.
     The model is not changed. Raises `InputError` if it or the data cannot be used.
     """
     data.check()
     found = find_target(target)
+    how = Measuring(
+        schemes=tuple(sorted(found.schemes if schemes is None else set(schemes))),
+        weight_bits=weight_bits,
+        data_free=data_free,
+        loss_aware=loss_aware and not data_free,
+        rank_multiple=rank_multiple,
+        anchor_samples=anchor_samples,
+        anchor_error=anchor_error,
+    )
     with forked_rng(seed):
-        return _profile(model, data, found, name, data_free, seed)
+        return _profile(model, data, found, name, how, seed)
 
 
 def _profile(
-    model: nn.Module, data: Data, found: Target, name: str, data_free: bool, seed: int
+    model: nn.Module, data: Data, found: Target, name: str, how: Measuring, seed: int
 ) -> Profile:
     example = data.example()
     inspect(model, example, name)
-    folded = fold_batch_norm(model, example.to(_device(model)))
+    folded, _ = open_all_recurrent(fold_batch_norm(model, example.to(_device(model))))
     inside = inspect(folded, example, name)
-    split = [x.name for x in inside.layers if schemes_for(x, get_module(folded, x.name))[1]]
-    statistics, samples = gather_statistics(folded, split, data.calibration)
-    used = {} if data_free else statistics
-    layers = _measure(folded, inside, used, data, found)
+    split = [
+        x.name for x in inside.layers if schemes_for(x, get_module(folded, x.name), how.schemes)[1]
+    ]
+    used, samples = gather_statistics(folded, split, data.calibration, gradients=how.loss_aware)
+    used = {} if how.data_free else used
+    layers = _measure(folded, inside, used, data, found, how)
     params = max(inside.params, sum(x.params for x in inside.layers))  # tied: at each layer
     return Profile(
         model=name,
         target=found.name,
-        fingerprint=fingerprint(model, data, found, data_free, seed),
+        fingerprint=fingerprint(model, data, found, how, seed),
         samples=samples,
         params=params,
         macs=inside.macs,
@@ -79,7 +139,9 @@ def _profile(
     )
 
 
-def fingerprint(model: nn.Module, data: Data, target: Target, data_free: bool, seed: int) -> str:
+def fingerprint(
+    model: nn.Module, data: Data, target: Target, how: Measuring | None = None, seed: int = 0
+) -> str:
     """What a profile depends on, in a short hash: weights, data, target, options, torch."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
@@ -88,7 +150,8 @@ def fingerprint(model: nn.Module, data: Data, target: Target, data_free: bool, s
             value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         )
     digest.update(fingerprint_data(data.calibration).encode())
-    digest.update(f"{target.to_json()} {data_free} {seed} {torch.__version__}".encode())
+    how = Measuring(schemes=target.schemes) if how is None else how
+    digest.update(f"{target.to_json()} {how} {seed} {torch.__version__}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -102,8 +165,6 @@ def save_profile(measured: Profile, folder: str | Path) -> None:
 
 def load_profile(folder: str | Path) -> Profile:
     """Read what `save_profile` stored; raises `InputError` for anything else."""
-    import dataclasses
-
     folder = Path(folder)
     if not (folder / PROFILE_FILE).is_file():
         raise InputError(
@@ -119,14 +180,18 @@ def _measure(
     statistics: dict[str, Statistics],
     data: Data,
     target: Target,
+    how: Measuring,
 ) -> list[LayerProfile]:
-    inputs = collect_inputs(data.calibration, ANCHOR_SAMPLES)
+    inputs = collect_inputs(data.calibration, how.anchor_samples)
     reference = run(folded, inputs)
     measured: list[LayerProfile] = []
     for layer in track(inside.layers, "layers profiled", len(inside.layers)):
         module = get_module(folded, layer.name)
-        candidates = menu(layer, module, statistics.get(layer.name), target)
-        refusals, schemes = schemes_for(layer, module)
+        own = statistics.get(layer.name)
+        candidates = menu(
+            layer, module, own, target, how.schemes, how.weight_bits, how.rank_multiple
+        )
+        refusals, schemes = schemes_for(layer, module, how.schemes)
 
         def measure(stand_in: nn.Module, layer: Layer = layer, module: nn.Module = module) -> float:
             replace_module(folded, layer.name, stand_in)
@@ -136,7 +201,7 @@ def _measure(
                 replace_module(folded, layer.name, module)
 
         alphas = {
-            scheme: _alpha(scheme, module, candidates, statistics.get(layer.name), target, measure)
+            scheme: _alpha(scheme, module, candidates, own, target, measure, how.anchor_error)
             for scheme in (*schemes, DENSE)
             if any(c.option.scheme == scheme for c in candidates)
         }
@@ -154,20 +219,20 @@ def _alpha(
     statistics: Statistics | None,
     target: Target,
     measure: Callable[[nn.Module], float],
+    anchor_error: float,
 ) -> float:
     """Measured damage per unit of error, at the rank whose error is nearest to the anchor's."""
     own = [c for c in candidates if c.option.scheme == scheme]
-    anchor = min(own, key=lambda c: abs(c.error - ANCHOR_ERROR))
+    anchor = min(own, key=lambda c: abs(c.error - anchor_error))
     if scheme == DENSE:
-        damage = measure(rounded_copy(module, target))
+        assert anchor.option.weight_bits is not None
+        damage = measure(rounded_copy(module, anchor.option.weight_bits, target))
     else:
-        damage = measure(factorize(module, scheme, anchor.option.rank[0], statistics))
+        damage = measure(factorize(module, scheme, anchor.option.rank, statistics))
     return max(damage, 1e-9) / max(anchor.error, 1e-9)
 
 
 def _with_refusals(layer: Layer, refusals: dict[str, str]) -> Layer:
-    import dataclasses
-
     return dataclasses.replace(layer, refusals=refusals)
 
 

@@ -1,107 +1,140 @@
-"""Streaming statistics of what every convolution sees: sums only, never activations.
+"""Streaming statistics of what every layer sees: one pass over the data, sums only.
 
-Memory depends on the layers' widths, not on the number of samples. Sums are kept in float64.
+Memory depends on the layers' widths, not on the number of samples: no activation outlives its
+batch. The sums are kept in float64 (see `moments`).
 """
 
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
 import torch
-from torch import nn
-from torch.nn import functional
+from torch import Tensor, nn
 
 from sft.core.data import Loader, check_finite, inputs_of, length_of
 from sft.core.errors import InputError
 from sft.core.progress import track
 from sft.core.statistics import Statistics
+from sft.profiling.gradients import backward, frozen_parameters, scale_of, tracked
+from sft.profiling.layer_sums import LayerSums, Wanted
 
 
-class _Sums:
-    """Running sums of one convolution's inputs and outputs."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        self.conv = conv
-        self.pixels = self.inputs = 0
-        shape = conv.weight.shape
-        device = conv.weight.device
-
-        def zeros(*sides: int) -> torch.Tensor:
-            return torch.zeros(*sides, dtype=torch.float64, device=device)
-
-        self.output, self.output_outer = zeros(shape[0]), zeros(shape[0], shape[0])
-        self.input, self.input_outer = zeros(shape[1]), zeros(shape[1], shape[1])
-        self.patch = zeros(shape[1:].numel())
-
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        if self.conv.bias is not None:
-            y = y - self.conv.bias[:, None, None]
-        outputs = y.transpose(0, 1).flatten(1).double()
-        inputs = x.transpose(0, 1).flatten(1).double()
-        self.pixels += outputs.shape[1]
-        self.inputs += inputs.shape[1]
-        self.output += outputs.sum(1)
-        self.output_outer += outputs @ outputs.T
-        self.input += inputs.sum(1)
-        self.input_outer += inputs @ inputs.T
-        self.patch += self._patches(x.double().sum(0, keepdim=True))
-
-    def _patches(self, image: torch.Tensor) -> torch.Tensor:
-        """Sum of the im2col patches of an image ``(1, I, H, W)`` -> ``(I*kh*kw,)``."""
-        conv = self.conv
-        pads = conv._reversed_padding_repeated_twice
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        if any(pads):
-            image = functional.pad(image, pads, mode=mode)
-        columns = functional.unfold(image, conv.kernel_size, conv.dilation, 0, conv.stride)
-        return columns.sum((0, 2))
-
-    def finish(self) -> Statistics:
-        output_mean, input_mean = self.output / self.pixels, self.input / self.inputs
-        return Statistics(
-            output_mean=output_mean.cpu(),
-            output_covariance=_centre(self.output_outer / self.pixels, output_mean).cpu(),
-            patch_mean=(self.patch / self.pixels).cpu(),
-            input_covariance=_centre(self.input_outer / self.inputs, input_mean).cpu(),
-            count=self.pixels,
-        )
-
-
-@torch.no_grad()
 def gather_statistics(
-    model: nn.Module, names: list[str], loader: Loader
+    model: nn.Module,
+    names: Collection[str],
+    loader: Loader,
+    *,
+    patch_covariances: Collection[str] = (),
+    gradients: bool = False,
+    positions: int | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, Statistics], int]:
-    """Run the calibration data once and sum up what the named convolutions see.
+    """Run the calibration data once and sum up what the named layers see.
 
-    model : in eval mode, batch norm folded; hooks are removed again. Returns the statistics by
-    layer name and the number of samples. Raises `InputError` for empty or non-finite data.
+    names : dense layers of `torch.nn`, batch norm best folded before. Several calls of one layer in
+        one forward pass are summed.
+    patch_covariances : those of the layers whose covariance of patches ``(G, D, D)`` is wanted too;
+        of a pointwise layer that is its `input_covariance`.
+    gradients : also the second moment of the gradient at each output, by one backward pass a batch.
+    positions : use at most so many positions of each batch for the covariances, drawn afresh for
+        each batch. By default all are used, but for the costly ones: 1,024 for `tap_covariance`,
+        ``max(4096, 2 D)`` for a patch covariance wider than the output, ``max(4096, 2 o)`` for
+        gradients. Means are of all positions always.
+    seed : of the positions and of the sampled targets; torch's global generator is not used.
+
+    Returns the statistics by layer name and the number of samples. The model is run in eval mode
+    and left as it was. Raises `InputError` for empty or non-finite data, a module that is no such
+    layer, a layer that is never run, and outputs that cannot be differentiated.
     """
-    device = next(model.parameters()).device
-    sums: dict[str, _Sums] = {}
-    hooks = []
+    extra = sorted(set(patch_covariances) - set(names))
+    if extra or (positions is not None and positions < 1):
+        raise InputError(
+            f"Patch covariances are asked of {', '.join(extra)}, not among the layers gathered."
+            if extra
+            else f"At least 1 position of a batch must be used; {positions} were asked for."
+        )
+    sums = {}
     for name in names:
-        conv = model.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        sums[name] = gathered = _Sums(conv)
-        hooks.append(conv.register_forward_hook(_adder(gathered)))
+        wanted = Wanted(name in patch_covariances, gradients, positions, seed)
+        sums[name] = LayerSums(name, model.get_submodule(name), wanted)
+    run = _runner(model, gradients, seed)
     samples = 0
-    try:
+    with _watched(model, sums.values()):
         for batch in track(loader, "calibration batches", length_of(loader)):
             x = inputs_of(batch)
             check_finite(x, "calibration")
-            model(x.to(device))
+            if len(x):
+                run(x)
             samples += len(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if samples == 0:
         raise InputError("The calibration data is empty: at least one batch is needed.")
     return {name: s.finish() for name, s in sums.items()}, samples
 
 
-def _adder(sums: _Sums):  # type: ignore[no-untyped-def]
-    def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        sums.add(inputs[0], output)
+def _runner(model: nn.Module, gradients: bool, seed: int) -> Callable[[Tensor], None]:
+    """What is done with a batch: forward, or forward and backward with sampled targets."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+
+    def forward(x: Tensor) -> None:
+        with torch.no_grad():
+            model(x.to(device))
+
+    def both(x: Tensor) -> None:
+        with frozen_parameters(model), torch.enable_grad():
+            backward(model(x.to(device)), generator)
+
+    return both if gradients else forward
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, sums: Collection[LayerSums]) -> Iterator[None]:
+    """Inside, the model is in eval mode and its layers add to their sums; then as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = []
+    try:
+        model.eval()
+        for own in sums:
+            hooks.append(own.layer.register_forward_hook(_adder(own), with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+
+
+def _adder(sums: LayerSums) -> Callable[..., Tensor]:
+    """The forward hook of one layer."""
+
+    def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        with _exactly(output):
+            sums.add(x.detach(), output.detach())
+        if sums.gradients is not None:
+            output = tracked(output)
+            scale = scale_of(output.dtype)
+
+            def add_gradient(gradient: Tensor) -> None:
+                with _exactly(gradient):
+                    sums.add_gradient(gradient, scale)
+
+            output.register_hook(add_gradient)  # type: ignore[no-untyped-call]
+        return output
 
     return add
 
 
-def _centre(outer: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    centred = outer - mean[:, None] * mean[None, :]
-    return (centred + centred.T) / 2
+@contextlib.contextmanager
+def _exactly(x: Tensor) -> Iterator[None]:
+    """Inside, products of float32 are computed as such: no autocast, TF32 or bfloat16."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    modes = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        for backend, mode in zip(backends, modes, strict=True):
+            backend.fp32_precision = mode

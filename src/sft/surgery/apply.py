@@ -1,34 +1,43 @@
 """A plan and a model in, a factorised model out."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from sft.core.errors import InputError
-from sft.core.records import DENSE, KEEP, Plan
+from sft.core.records import DENSE, KEEP, Layer, Plan
 from sft.decompositions import decompositions, factorize
 from sft.models.inspect import inspect
 from sft.planning.edit import check_plan
-from sft.surgery.modules import fold_batch_norm, get_module, replace_module
+from sft.surgery.modules import (
+    fold_batch_norm,
+    get_module,
+    open_all_recurrent,
+    replace_module,
+)
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Split the layers that the plan splits; weights stay float here.
 
-    Batch norm is folded first. Returns a new model in eval mode; `model` is untouched. Every row
-    is checked before anything is built; an `InputError` names the layer and its shape.
+    Batch norm is folded first, and a recurrent module of which a weight is split is opened into
+    linear maps (`layers.open_recurrent`). Returns a new model in eval mode; `model` is untouched.
+    Every row is checked before anything is built; an `InputError` names the layer and its shape.
     """
     if not plan.input_shape:
         raise InputError("The plan does not say the model's input shape. Make it with `plan`.")
     example = torch.zeros(1, *plan.input_shape, device=_device(model))
-    _check(model, plan, example)
-    small = fold_batch_norm(model, example)
-    for row in plan.rows:
-        option = row.option
-        if option.scheme in (KEEP, DENSE):
-            continue
-        layer = get_module(small, row.name)
-        statistics = (plan.statistics or {}).get(row.name)
-        replace_module(small, row.name, factorize(layer, option.scheme, option.rank[0], statistics))
+    split = {row.name: row.option for row in plan.rows if row.option.scheme not in (KEEP, DENSE)}
+    _check(open_all_recurrent(model)[0], plan, example)
+    small, closed = open_all_recurrent(fold_batch_norm(model, example))
+    for name, option in split.items():
+        layer = get_module(small, name)
+        statistics = (plan.statistics or {}).get(name)
+        replace_module(small, name, factorize(layer, option.scheme, option.rank, statistics))
+    for name, module in closed.items():
+        if not any(split_name.startswith(f"{name}.") for split_name in split):
+            replace_module(small, name, module)
     return small
 
 
@@ -48,7 +57,15 @@ def _check(model: nn.Module, plan: Plan, example: torch.Tensor) -> None:
                 f"Layer '{row.name}' with weight {shape} cannot be '{scheme}': {reason}. "
                 f'Set its scheme to "dense" or "keep".'
             )
-    check_plan(plan, layers, {name: decompositions[name].full_rank for name in decompositions})
+    check_plan(plan, layers, {name: _full_rank_by(name) for name in decompositions})
+
+
+def _full_rank_by(scheme: str) -> Callable[[Layer], tuple[int, ...]]:
+    def full_rank(layer: Layer) -> tuple[int, ...]:
+        assert layer.geometry is not None
+        return decompositions[scheme].full_rank(layer.geometry)
+
+    return full_rank
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sft.core.copies import copy_module
 from sft.core.errors import InputError
+from sft.layers.opened import OPENED, open_recurrent
 
 aten = torch.ops.aten
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -36,9 +37,27 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module called `name` is (in `model` itself)."""
-    parent, _, last = name.rpartition(".")
-    setattr(get_module(model, parent) if parent else model, last, new)
+    """Put `new` where the module called `name` is (in `model` itself), under all its names."""
+    old = get_module(model, name)
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
+    for each in names:
+        parent, _, last = each.rpartition(".")
+        setattr(get_module(model, parent) if parent else model, last, new)
+
+
+def open_all_recurrent(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A copy with every `nn.LSTM`, `nn.GRU` and cell made of linear maps, and the closed ones.
+
+    The closed modules, by name, are the copy's own. Where there is none, the copy is the model.
+    """
+    found = [n for n, m in model.named_modules() if type(m) in OPENED]
+    if not found:
+        return model, {}
+    opened = copy_module(model)
+    closed = {name: get_module(opened, name) for name in found}
+    for name, module in closed.items():
+        replace_module(opened, name, open_recurrent(module).eval())
+    return opened, closed
 
 
 def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:

@@ -13,7 +13,7 @@ from sft.core.data import Loader, inputs_of
 from sft.core.errors import InputError
 from sft.core.progress import say
 from sft.core.randomness import forked_rng
-from sft.layers import Conv2dSFT
+from sft.layers import FactorizedSFT
 from sft.surgery.modules import fold_batch_norm
 from sft.training.checkpoint import Checkpoint
 from sft.training.objective import Objective
@@ -98,7 +98,7 @@ def _prepare_teacher(
         raise InputError("The train data is empty: fine-tuning needs at least one batch.")
     copied = copy_module(teacher).to(device)
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
-    if norms and any(isinstance(m, Conv2dSFT) for m in student.modules()):
+    if norms and any(isinstance(m, FactorizedSFT) for m in student.modules()):
         copied = fold_batch_norm(copied, inputs_of(batch)[:1].to(device))
     return _arrange(copied, torch.channels_last)
 

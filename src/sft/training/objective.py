@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from sft.core.data import check_finite, inputs_of, targets_of
 from sft.core.errors import InputError
-from sft.layers import Conv2dSFT
+from sft.layers import FactorizedSFT
 
 TEMPERATURE = 4.0
 FEATURE_WEIGHT = 1.0
@@ -77,7 +77,8 @@ def _common_layers(student: nn.Module, teacher: nn.Module) -> list[str]:
     return [
         name
         for name, module in student.named_modules()
-        if isinstance(module, Conv2dSFT) and isinstance(dense.get(name), nn.Conv2d)
+        if isinstance(module, FactorizedSFT)
+        and not isinstance(dense.get(name, module), FactorizedSFT)
     ]
 
 
