@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import save_file
 
 from sft.cli import build_parser, main
+from sft.decompositions import decompositions
 
 FACTORY = """
 import sys
@@ -114,6 +115,78 @@ def test_a_plan_edited_by_hand_is_followed_or_refused_by_layer_name(project, cap
     assert not Path("b.safetensors").exists()
 
 
+def menus(capsys, project: str, *options: str) -> list[dict]:
+    """The profile of the small net, by the command: its layers, with their menus."""
+    code, out, err = call(
+        capsys, "profile", *model(project), "--target", "onnxruntime-avx2", *options, "--json"
+    )
+    assert code == 0, err
+    return json.loads(out)["layers"]
+
+
+def test_the_options_of_profile_reach_the_menus(project, capsys) -> None:
+    usual = menus(capsys, project)
+    two = menus(capsys, project, "--scheme", "spatial", "--scheme", "tucker2")
+    multiple = menus(capsys, project, "--rank-multiple", "5")
+    narrow = menus(capsys, project, "--weight-bits", "4")
+    in_float = menus(capsys, project, "--float")
+
+    def options(layers: list[dict], key: str) -> set:
+        found = [c["option"] for layer in layers for c in layer["candidates"]]
+        return {str(o[key]) if key == "rank" else o[key] for o in found}
+
+    assert options(usual, "scheme") == {"keep", "dense", "channel_in", "channel_out"}
+    assert options(two, "scheme") == {"keep", "dense", "spatial", "tucker2"}
+    assert "[5]" in options(multiple, "rank") - options(usual, "rank")
+    assert options(usual, "weight_bits") == {None, 8}
+    assert options(narrow, "weight_bits") == {None, 4}
+    assert options(in_float, "weight_bits") == {None}
+    assert options(in_float, "scheme") == {"keep", "channel_in", "channel_out"}
+
+
+@pytest.mark.parametrize(
+    ("change", "moved"),
+    [
+        (["--loss-aware"], "error"),
+        (["--anchor-samples", "16"], "damage"),
+        (["--anchor-error", "0.9"], "damage"),
+    ],
+)
+def test_the_measuring_options_of_profile_move_the_numbers(project, capsys, change, moved) -> None:
+    ranks = ["--scheme", "channel_out", "--rank-multiple", "2"]
+    usual, changed = (menus(capsys, project, *ranks, *more) for more in ([], change))
+    candidates = [[c for x in layers for c in x["candidates"]] for layers in (usual, changed)]
+    if moved == "damage":
+        before, after = ([(c["option"], c["error"]) for c in found] for found in candidates)
+        assert before == after
+    numbers = [[c[moved] for c in found] for found in candidates]
+    assert numbers[0] != numbers[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--scheme", "cp"], "no decomposition 'cp'"),
+        (["--weight-bits", "9"], "weight_bits=9"),
+        (["--rank-multiple", "0"], "rank_multiple=0"),
+        (["--anchor-samples", "-1"], "anchor_samples=-1"),
+        (["--anchor-error", "nan"], "anchor_error=nan"),
+    ],
+)
+def test_nonsense_for_profile_is_refused(project, capsys, change, words) -> None:
+    code, out, err = call(capsys, "profile", *model(project), *change)
+    assert code == 2
+    assert words in err
+    assert out == ""
+    assert not Path("out").exists()
+
+
+def test_float_and_a_width_exclude_each_other() -> None:
+    with pytest.raises(SystemExit) as error:
+        build_parser().parse_args(["profile", "net", "--float", "--weight-bits", "4"])
+    assert error.value.code == 2
+
+
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
@@ -192,7 +265,8 @@ def test_a_damaged_result_is_refused(project, capsys) -> None:
 def test_list_names_what_there_is(capsys) -> None:
     code, out, _ = call(capsys, "list")
     assert code == 0
-    assert "channel_out" in out
+    assert all(name in out for name in decompositions)
+    assert "interpolative" in out
     assert "onnxruntime-avx2" in out
 
 

@@ -21,7 +21,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FUNCTIONS = (
     "apply", "benchmark", "compress", "export", "finetune", "inspect", "load", "plan", "profile",
-    "quantize", "report", "verify",
+    "quantize", "reconstruct", "report", "verify",
 )  # fmt: skip
 PAGE_OF_VERB = {"demo": "verbs/compress.md", "list": "command_line.md"}
 

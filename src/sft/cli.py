@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model(_verb(verbs, "inspect", "list the layers of MODEL", commands.inspect))
     profile = _verb(verbs, "profile", "measure MODEL on data, once", commands.profile)
     _model(profile)
-    profile.add_argument("--data-free", action="store_true", help="plain SVD of the weights")
+    _measuring(profile)
     _out(profile, "out/profile")
     plan = _verb(verbs, "plan", "choose one option a layer from a profile", commands.plan)
     plan.add_argument("profile", metavar="PROFILE_DIR")
@@ -130,6 +130,25 @@ def _model(verb: argparse.ArgumentParser, score: bool = False) -> None:
         verb.add_argument(
             "--evaluate", metavar="SCORE", help="top1, agreement (default) or module:function"
         )
+
+
+def _measuring(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--data-free", action="store_true", help="plain SVD of the weights")
+    verb.add_argument(
+        "--scheme", action="append", dest="schemes", metavar="NAME",
+        help="a decomposition to plan with (see `sft list`; repeat; default: the target's)",
+    )  # fmt: skip
+    width = verb.add_mutually_exclusive_group()
+    width.add_argument("--weight-bits", type=int, metavar="N", help="of every option, 2 to 8 (8)")
+    width.add_argument("--float", action="store_true", dest="in_float", help="round nothing")
+    verb.add_argument(
+        "--loss-aware", action="store_true", help="weigh output errors by the loss gradient"
+    )
+    verb.add_argument("--rank-multiple", type=int, metavar="N", help="default: the target's lanes")
+    verb.add_argument("--anchor-samples", type=int, metavar="N", help="on which damage is measured")
+    verb.add_argument(
+        "--anchor-error", type=float, metavar="X", help="output error at which damage is measured"
+    )
 
 
 def _budget(verb: argparse.ArgumentParser) -> None:

@@ -53,7 +53,8 @@ def profile(options: argparse.Namespace) -> int:
 
     measured = profile(
         _model(options), _data(options), options.target, name=options.model,
-        data_free=options.data_free, seed=options.seed,
+        data_free=options.data_free, loss_aware=options.loss_aware, seed=options.seed,
+        **_measuring(options),
     )  # fmt: skip
     save_profile(measured, options.out)
     lines = [f"{x.layer.name}: {len(x.candidates)} options" for x in measured.layers]
@@ -220,6 +221,13 @@ def _budget(options: argparse.Namespace) -> Budget:
     return Budget(
         **{n: getattr(options, n) for n in names if getattr(options, n, None) is not None}
     )
+
+
+def _measuring(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `profile` that were given; the others keep its own defaults."""
+    names = ("schemes", "weight_bits", "rank_multiple", "anchor_samples", "anchor_error")
+    given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    return given | ({"weight_bits": None} if options.in_float else {})
 
 
 def _training(options: argparse.Namespace) -> "Training":

@@ -14,7 +14,9 @@ from types import ModuleType
 import torch
 
 BOXES = "Tensor dets, Tensor scores, float iou_threshold"
-POOLED = "float spatial_scale, int pooled_height, int pooled_width, int sampling_ratio, bool aligned"
+POOLED = (
+    "float spatial_scale, int pooled_height, int pooled_width, int sampling_ratio, bool aligned"
+)
 POINTS = "float input_scale, int input_zero_point, float rois_scale, int rois_zero_point"
 SCHEMAS = {
     "nms": f"({BOXES}) -> Tensor",

@@ -39,7 +39,7 @@ from sft.layers.residual import RESIDUAL
 HERE = Path(__file__).parent
 TABLE: dict[str, dict[str, Any]] = json.loads((HERE / "families.json").read_text())
 IMPORTS = runpy.run_path(str(HERE / "operators.py"))
-QUICK = ("ghostnet", "resnet", "mobilevit")
+QUICK = ("byobnet", "efficientnet", "maxxvit")
 DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LARGEST = 4_000_000  # weights of a layer that is decomposed
 TOLERANCE = 1e-4  # of the largest output: the same numbers, added in another order
@@ -95,7 +95,7 @@ def test_family(family: str, timm: ModuleType, record_property: pytest.RecordPro
     check_round_trip(small, build(timm, row, seed=1), plan, x, got)
     for verb, run in {"export": exported, "compile": compiled}.items():
         if verb in row["fails"]:
-            with pytest.raises(Exception, match="."):
+            with pytest.raises(Exception):  # noqa: B017, PT011
                 run(dense, x)
         else:
             check_close(run(small, x), got)
@@ -106,9 +106,9 @@ def build(timm: ModuleType, row: dict[str, Any], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = timm.create_model(row["model"], pretrained=False, **row["options"])
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             constant = parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
-            if constant and float(parameter.flatten()[0]) >= 0:
+            if constant and not name.endswith("bias"):
                 nn.init.uniform_(parameter, 0.5, 1.0)
     return model.eval()
 

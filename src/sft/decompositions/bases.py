@@ -5,8 +5,13 @@ of its two Gram matrices are enough, and are matrix products for the most part. 
 digits of small singular values: shares of the energy below about 1e-15 are noise.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Later = Callable[[], Tensor]
 
 
 def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,6 +21,12 @@ def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """
     values, vectors = torch.linalg.eigh(symmetric)
     return values.flip(-1).clamp_min(0), fixed_signs(vectors.flip(-1))
+
+
+def descending_eigvalsh(symmetric: Tensor) -> Tensor:
+    """The eigenvalues of `descending_eigh` alone."""
+    values: Tensor = torch.linalg.eigvalsh(symmetric)
+    return values.flip(-1).clamp_min(0)
 
 
 def fixed_signs(vectors: Tensor) -> Tensor:
@@ -36,8 +47,18 @@ def principal_basis(matrix: Tensor, span: Tensor | None = None) -> tuple[Tensor,
         return descending_eigh(matrix @ matrix.mT)
     basis, inside = torch.linalg.qr(matrix if span is None else span)
     inside = inside if span is None else basis.mT @ matrix
-    values, vectors = descending_eigh(inside @ inside.mT)
-    return values, fixed_signs(basis @ vectors)
+    return _lifted(inside @ inside.mT, basis)
+
+
+def principal(matrix: Tensor, span: Tensor | None = None) -> tuple[Tensor, Later]:
+    """As `principal_basis`, but the basis is made when it is first called for.
+
+    Energies alone tell all errors of a menu, and take a third of the time.
+    """
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        return _in_two_steps(matrix @ matrix.mT, None)
+    energies = descending_eigvalsh(matrix.mT @ matrix)
+    return energies, functools.cache(lambda: principal_basis(matrix, span)[1])
 
 
 def principal_basis_of_gram(gram: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,11 +66,29 @@ def principal_basis_of_gram(gram: Tensor, span: Tensor) -> tuple[Tensor, Tensor]
 
     span : ``(..., m, n)`` whose columns span those of ``A``.
     """
+    return _lifted(*_projected(gram, span))
+
+
+def principal_of_gram(gram: Tensor, span: Tensor) -> tuple[Tensor, Later]:
+    """As `principal_basis_of_gram`, but the basis is made when it is first called for."""
+    return _in_two_steps(*_projected(gram, span))
+
+
+def _projected(gram: Tensor, span: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The Gram matrix within the span, and the span's basis; None if the span is the whole."""
     if span.shape[-2] <= span.shape[-1]:
-        return descending_eigh(gram)
+        return gram, None
     basis = torch.linalg.qr(span).Q
-    values, vectors = descending_eigh(basis.mT @ gram @ basis)
-    return values, fixed_signs(basis @ vectors)
+    return basis.mT @ gram @ basis, basis
+
+
+def _lifted(gram: Tensor, lift: Tensor | None) -> tuple[Tensor, Tensor]:
+    values, vectors = descending_eigh(gram)
+    return values, vectors if lift is None else fixed_signs(lift @ vectors)
+
+
+def _in_two_steps(gram: Tensor, lift: Tensor | None) -> tuple[Tensor, Later]:
+    return descending_eigvalsh(gram), functools.cache(lambda: _lifted(gram, lift)[1])
 
 
 def by_inputs(kernel: Tensor) -> Tensor:

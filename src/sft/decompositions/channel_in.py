@@ -16,7 +16,7 @@ from torch import Tensor
 from sft.core.geometry import Geometry
 from sft.core.statistics import Statistics
 from sft.decompositions.base import Chain, Factorization, Rank
-from sft.decompositions.bases import balanced, by_inputs, principal_basis, relative_tails
+from sft.decompositions.bases import balanced, by_inputs, principal, relative_tails
 from sft.decompositions.channel_out import analyse_outputs
 from sft.decompositions.metric import Metric
 from sft.layers.chains import CHANNEL_IN
@@ -39,11 +39,11 @@ class ChannelIn(Chain):
         metric = Metric.of(statistics, kernel)
         half = metric.on_inputs(kernel)
         whitened = metric.on_outputs(metric.on_taps(half))
-        energies, basis = principal_basis(by_inputs(whitened), by_inputs(half))
+        energies, basis = principal(by_inputs(whitened), by_inputs(half))
         rows = by_inputs(half).mT
 
         def assemble(rank: Rank) -> list[Tensor]:
-            kept = basis[..., : rank[0]]
+            kept = basis()[..., : rank[0]]
             first = metric.off_inputs(kept.mT)[..., None]
             second = rows @ kept
             second = second.reshape(*kernel.shape[:2], kernel.shape[3], rank[0])

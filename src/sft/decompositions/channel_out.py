@@ -16,7 +16,7 @@ from sft.core.geometry import Geometry
 from sft.core.records import Target
 from sft.core.statistics import Statistics
 from sft.decompositions.base import Chain, Factorization, Rank
-from sft.decompositions.bases import principal_basis, principal_basis_of_gram, relative_tails
+from sft.decompositions.bases import principal, principal_of_gram, relative_tails
 from sft.decompositions.metric import Metric, root_of
 from sft.layers.chains import CHANNEL_OUT
 
@@ -56,13 +56,13 @@ def split_outputs(kernel: Tensor, covariance: Tensor | None, metric: Metric) -> 
     """
     rows = metric.on_outputs(kernel).flatten(2)
     if covariance is None:
-        energies, basis = principal_basis(rows)
+        energies, basis = principal(rows)
     else:
         covariance = metric.on_outputs(metric.on_outputs(covariance).mT)
-        energies, basis = principal_basis_of_gram(covariance, rows)
+        energies, basis = principal_of_gram(covariance, rows)
 
     def assemble(rank: Rank) -> list[Tensor]:
-        kept = basis[..., : rank[0]]
+        kept = basis()[..., : rank[0]]
         first = (kept.mT @ rows).reshape(len(kernel), rank[0], *kernel.shape[2:])
         return [first, metric.off_outputs(kept)[..., None]]
 

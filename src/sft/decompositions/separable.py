@@ -9,16 +9,26 @@ taps, by the left singular vectors `c_j` of its ``(S, o i)`` unfolding, then eac
 The terms ``s_jk c_j (x) u_jk (x) v_jk`` are orthogonal to one another, so the r largest make a
 nested decomposition whose squared error is the sum of the others, for every r at once, and no terms
 grow and cancel as in a best CP approximation, which need not exist (Phan et al. 2020). It is exact
-at rank ``min(S, o i) min(o, i)``. Network Decoupling (Guo et al. 2018) splits in this way.
+at rank ``min(S, o i) min(o, i)``. Network Decoupling (Guo et al. 2018) splits in this way. Terms
+that need not be orthogonal fit better: `polyadic` without statistics, `refine` with them.
 """
+
+import functools
 
 from torch import Tensor
 
 from sft.core.geometry import Geometry
 from sft.core.statistics import Statistics
 from sft.decompositions.base import Chain, Factorization, Rank
-from sft.decompositions.bases import descending_eigh, principal_basis, relative_tails
+from sft.decompositions.bases import (
+    descending_eigh,
+    descending_eigvalsh,
+    principal_basis,
+    relative_tails,
+)
 from sft.decompositions.metric import Metric
+from sft.decompositions.polyadic import fit_terms
+from sft.decompositions.refine import data_error
 from sft.layers.chains import SEPARABLE
 
 
@@ -44,10 +54,12 @@ class Separable(Chain):
         whitened = metric.on_outputs(metric.on_inputs(half))
         _, taps = principal_basis(_by_taps(whitened), _by_taps(half))
         parts = (taps.mT @ _by_taps(half)).reshape(len(kernel), -1, *kernel.shape[1:3])
-        inputs, outputs, energies = _terms(parts, metric)
+        energies = descending_eigvalsh(_grams(_on_both(parts, metric)))
+        terms = functools.cache(lambda: _terms(parts, metric))
         ranked, order = energies.flatten(1).sort(dim=1, descending=True, stable=True)
 
         def assemble(rank: Rank) -> list[Tensor]:
+            inputs, outputs = terms()
             chosen = order[:, : rank[0]]
             index = chosen[..., None]
             last = outputs.flatten(1, 2).gather(1, index.expand(-1, -1, outputs.shape[-1]))
@@ -60,26 +72,44 @@ class Separable(Chain):
 
         return Factorization(relative_tails(ranked), (ranked,), assemble)
 
+    def _refined(
+        self,
+        kernel: Tensor,
+        geometry: Geometry,
+        rank: Rank,
+        kernels: list[Tensor],
+        statistics: Statistics | None,
+    ) -> list[Tensor]:
+        if statistics is not None:
+            return super()._refined(kernel, geometry, rank, kernels, statistics)
+        parts = self.factors(geometry, rank)
+        free = fit_terms(kernel, rank[0])
+        return min(
+            (free, kernels), key=lambda chain: data_error(kernel, chain, parts, geometry, None)
+        )
 
-def _terms(parts: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of each part: rows ``(G, J, n, i)`` and ``(G, J, n, o)``, energies ``(G, J, n)``.
+
+def _terms(parts: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """The terms of each part, largest first: rows ``(G, J, n, i)`` and ``(G, J, n, o)``.
 
     parts : ``(G, J, o, i)``. The side that is complete carries the orthonormal basis, the other
     what the part makes of it: no small singular value is divided by, so all terms sum to the part.
     """
-    whitened = _on_both(parts, metric)
+    vectors = descending_eigh(_grams(_on_both(parts, metric)))[1]
     if parts.shape[2] <= parts.shape[3]:
-        energies, u = descending_eigh(whitened @ whitened.mT)
-        rows = u.mT if metric.outputs is None else u.mT @ metric.outputs.root[:, None]
-        inputs = rows @ parts
-        outputs = metric.off_outputs(u.transpose(1, 2).flatten(2))
-        outputs = outputs.reshape(u.transpose(1, 2).shape)
-        return inputs, outputs.permute(0, 2, 3, 1), energies
-    energies, v = descending_eigh(whitened.mT @ whitened)
-    columns = v if metric.inputs is None else metric.inputs.root[:, None] @ v
-    outputs = (parts @ columns).mT
-    inputs = metric.off_inputs(v.mT.flatten(1, 2)).reshape(v.mT.shape)
-    return inputs, outputs, energies
+        rows = vectors.mT
+        rows = rows if metric.outputs is None else rows @ metric.outputs.root[:, None]
+        outputs = metric.off_outputs(vectors.transpose(1, 2).flatten(2))
+        outputs = outputs.reshape(vectors.transpose(1, 2).shape)
+        return rows @ parts, outputs.permute(0, 2, 3, 1)
+    columns = vectors if metric.inputs is None else metric.inputs.root[:, None] @ vectors
+    inputs = metric.off_inputs(vectors.mT.flatten(1, 2)).reshape(vectors.mT.shape)
+    return inputs, (parts @ columns).mT
+
+
+def _grams(parts: Tensor) -> Tensor:
+    """The smaller Gram matrix of each part."""
+    return parts @ parts.mT if parts.shape[2] <= parts.shape[3] else parts.mT @ parts
 
 
 def _on_both(parts: Tensor, metric: Metric) -> Tensor:

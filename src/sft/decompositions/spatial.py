@@ -19,7 +19,7 @@ from sft.core.geometry import Geometry
 from sft.core.records import Target
 from sft.core.statistics import Statistics
 from sft.decompositions.base import Chain, Factorization, Rank
-from sft.decompositions.bases import balanced, principal_basis, relative_tails
+from sft.decompositions.bases import balanced, principal, relative_tails
 from sft.decompositions.metric import Metric, Root, root_of
 from sft.layers.chains import SPATIAL
 
@@ -52,12 +52,12 @@ class Spatial(Chain):
         half = _split_taps(metric.on_inputs(kernel), geometry)
         half = half if lead is None else lead.root @ half
         whitened = metric.on_outputs(half if others is None else half @ others.root)
-        energies, basis = principal_basis(_unfold(whitened), _unfold(half))
+        energies, basis = principal(_unfold(whitened), _unfold(half))
         groups, _, inputs, taps, _ = half.shape
         rows = _unfold(half).mT
 
         def assemble(rank: Rank) -> list[Tensor]:
-            kept = basis[..., : rank[0]]
+            kept = basis()[..., : rank[0]]
             first = kept.mT.reshape(groups, rank[0], inputs, taps)
             first = first if lead is None else first @ lead.inverse
             first = metric.off_inputs(first.transpose(2, 3).flatten(1, 2))

@@ -21,6 +21,8 @@ from sft.decompositions.bases import balanced, by_inputs, principal_basis
 from sft.decompositions.metric import Metric
 from sft.layers.chains import TUCKER2
 
+SWEEPS, POWERS = 2, 2
+
 
 class Tucker2(Chain):
     """Pointwise ``I -> G r``, the kernel ``G r -> G q``, pointwise ``G q -> O``: two ranks."""
@@ -57,6 +59,45 @@ class Tucker2(Chain):
             return balanced([first, core[:, :q, :r], last])
 
         return Factorization(_errors(energy), (inner, outer), assemble)
+
+    def _refined(
+        self,
+        kernel: Tensor,
+        geometry: Geometry,
+        rank: Rank,
+        kernels: list[Tensor],
+        statistics: Statistics | None,
+    ) -> list[Tensor]:
+        if statistics is None:
+            return rotate_subspaces(kernel, kernels)
+        return super()._refined(kernel, geometry, rank, kernels, statistics)
+
+
+def rotate_subspaces(
+    kernel: Tensor, kernels: list[Tensor], sweeps: int = SWEEPS, powers: int = POWERS
+) -> list[Tensor]:
+    """Factors of a plain Tucker-2 split whose subspaces are fitted to one another further.
+
+    Higher-order orthogonal iteration (De Lathauwer et al. 2000), with `powers` steps of subspace
+    iteration from the present basis for each eigenproblem: products of matrices only, and the error
+    does not rise.
+
+    kernel : canonical ``(G, o, i, S)``. kernels : those of the three factors to start from.
+    """
+    v = torch.linalg.qr(kernels[0][..., 0].mT).Q
+    u = torch.linalg.qr(kernels[2][..., 0]).Q
+    for _ in range(sweeps):
+        u = _turned(u, (v.mT[:, None] @ kernel).flatten(2), powers)
+        outputs = (u.mT @ kernel.flatten(2)).view(len(u), -1, *kernel.shape[2:])
+        v = _turned(v, by_inputs(outputs), powers)
+    return balanced([v.mT[..., None], v.mT[:, None] @ outputs, u[..., None]])
+
+
+def _turned(basis: Tensor, rows: Tensor, powers: int) -> Tensor:
+    """A basis ``(G, n, k)`` turned towards the principal subspace of rows ``(G, n, m)``."""
+    for _ in range(powers):
+        basis = torch.linalg.qr(rows @ (rows.mT @ basis)).Q
+    return basis
 
 
 def _errors(energy: Tensor) -> Tensor:

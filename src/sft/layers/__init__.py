@@ -6,7 +6,8 @@ from sft.layers.conv import Conv1dSFT, Conv2dSFT, Conv3dSFT
 from sft.layers.conv_transpose import ConvTranspose1dSFT, ConvTranspose2dSFT, ConvTranspose3dSFT
 from sft.layers.convolutional_recurrent import ConvGRU, ConvGRUCell, ConvLSTM, ConvLSTMCell
 from sft.layers.factorized import FactorizedSFT
-from sft.layers.like import factorized_like, residual_like
+from sft.layers.interpolative import InterpolativeSFT
+from sft.layers.like import factorized_like, interpolative_like, residual_like
 from sft.layers.linear import LinearSFT
 from sft.layers.opened import close_recurrent, open_recurrent
 from sft.layers.recurrent import GRUSFT, LSTMSFT, GRUCellSFT, LSTMCellSFT
@@ -28,6 +29,7 @@ __all__ = [
     "ConvTranspose3dSFT",
     "FactorizedSFT",
     "GRUCellSFT",
+    "InterpolativeSFT",
     "LSTMCellSFT",
     "LinearSFT",
     "ResidualSFT",
@@ -37,6 +39,7 @@ __all__ = [
     "factorized_like",
     "from_canonical",
     "geometry_of",
+    "interpolative_like",
     "open_recurrent",
     "residual_like",
     "to_canonical",

@@ -115,7 +115,8 @@ class FactorizedSFT(nn.Module):
         weight_of(dense).requires_grad_(weight.requires_grad)
         merged = bias_of(dense)
         if bias is not None and merged is not None:
-            merged.copy_(bias).requires_grad_(bias.requires_grad)
+            held = bias_of(self.factors[-1])
+            merged.copy_(bias).requires_grad_(held is not None and held.requires_grad)
         return dense.train(self.training)
 
     @torch.no_grad()
@@ -125,6 +126,14 @@ class FactorizedSFT(nn.Module):
         bias : ``(O,)``, or None for zero. Raises `InputError` for another number or shape; the
         layer is untouched then.
         """
+        self._check_factors(kernels, bias)
+        for factor, part, kernel in zip(self.factors, self.parts, kernels, strict=True):
+            weight_of(factor).copy_(from_canonical(kernel, part))
+        if self.bias is not None:
+            self.bias.copy_(torch.zeros_like(self.bias) if bias is None else bias)
+
+    def _check_factors(self, kernels: Sequence[Tensor], bias: Tensor | None) -> None:
+        """Raise `InputError` unless the kernels and the bias have the shapes of the factors."""
         wanted = [(p.groups, *_ends(p), p.taps) for p in self.parts]
         given = [tuple(kernel.shape) for kernel in kernels]
         if given != wanted:
@@ -132,16 +141,13 @@ class FactorizedSFT(nn.Module):
                 f"{type(self).__name__} ({self.extra_repr()}) holds kernels of shapes {wanted}, "
                 f"but {given} were given."
             )
-        if bias is not None and (self.bias is None or bias.shape != self.bias.shape):
-            holds = "no bias" if self.bias is None else f"a bias of {tuple(self.bias.shape)}"
+        own = self.bias
+        if bias is not None and (own is None or bias.shape != own.shape):
+            holds = "no bias" if own is None else f"a bias of {tuple(own.shape)}"
             raise InputError(
                 f"{type(self).__name__} ({self.extra_repr()}) has {holds}, but one of "
                 f"{tuple(bias.shape)} was given."
             )
-        for factor, part, kernel in zip(self.factors, self.parts, kernels, strict=True):
-            weight_of(factor).copy_(from_canonical(kernel, part))
-        if self.bias is not None:
-            self.bias.copy_(torch.zeros_like(self.bias) if bias is None else bias)
 
     def _product(self, kernels: list[Tensor]) -> Tensor:
         """The dense canonical kernel of the factors' kernels."""

@@ -11,6 +11,7 @@ from sft.core.kernels import bias_of, from_canonical, weight_of
 from sft.layers.factorized import FactorizedSFT, default_square, draw
 
 INTERPOLATIVE = "interpolative"
+SINGULAR = 1e-6  # rows whose reciprocal condition is no better are taken as dependent
 
 
 class InterpolativeSFT(FactorizedSFT):
@@ -39,8 +40,9 @@ class InterpolativeSFT(FactorizedSFT):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(geometry, rank, INTERPOLATIVE, bias, device=device, dtype=dtype)
-        first = torch.arange(self.rank[0]).expand(geometry.groups, -1)
-        self.register_buffer("order", self._places(first).to(device or "cpu"))
+        first = torch.arange(self.rank[0], device="cpu").expand(geometry.groups, -1)
+        place = torch.get_default_device() if device is None else device
+        self.register_buffer("order", self._places(first).to(place))
 
     def _layout(self) -> dict[str, Geometry]:
         parts = interpolative_parts(self.geometry, self.rank)
@@ -67,19 +69,29 @@ class InterpolativeSFT(FactorizedSFT):
 
     @torch.no_grad()
     def select(self, chosen: Tensor) -> None:
-        """Say which outputs of each group `first` computes: ``(G, r)``, indices in the group."""
+        """Say which outputs of each group `first` computes: ``(G, r)``, indices in the group.
+
+        Raises `InputError` unless they are `r` different outputs of each group.
+        """
+        groups, outputs = self.geometry.groups, self.geometry.outputs // self.geometry.groups
+        shaped = chosen.shape == (groups, self.rank[0])
+        inside = bool(((chosen >= 0) & (chosen < outputs)).all())
+        if not shaped or not inside or not bool(chosen.sort(1).values.diff(dim=1).all()):
+            raise InputError(
+                f"{type(self).__name__} ({self.extra_repr()}) computes {self.rank[0]} different "
+                f"outputs of the {outputs} of each of {groups} groups, not {chosen.tolist()}."
+            )
         self.order.copy_(self._places(chosen.cpu()))
 
     @torch.no_grad()
     def load_factors(self, kernels: Sequence[Tensor], bias: Tensor | None = None) -> None:
         """Fill the factors; `bias` ``(O,)`` is that of the whole layer, in its own order."""
-        if len(kernels) != len(self.parts):
-            raise InputError(f"{len(self.parts)} kernels are wanted, {len(kernels)} were given.")
+        self._check_factors(kernels, bias)
         for factor, part, kernel in zip(self.factors, self.parts, kernels, strict=True):
             weight_of(factor).copy_(from_canonical(kernel, part))
         order = self.order.cpu()
-        whole = torch.zeros(len(order)) if bias is None else bias.detach().cpu()
-        placed = torch.empty(len(order), dtype=torch.float64)
+        whole = order.new_zeros(len(order)) if bias is None else bias.detach().cpu()
+        placed = whole.new_empty(len(order), dtype=torch.float64)
         placed[order] = whole.double()
         own, rest = placed[: self.parts[0].outputs], placed[self.parts[0].outputs :]
         if len(kernels) == 2:
@@ -102,7 +114,8 @@ class InterpolativeSFT(FactorizedSFT):
     def load_mixing(self, mixing: Tensor, bias: Tensor) -> None:
         """Make the outputs ``mixing @ z + bias``, where `z` is what `first` gave so far.
 
-        mixing : ``(G, o, r)``, whose chosen rows need no longer be the identity, but independent.
+        mixing : ``(G, o, r)``, whose chosen rows need no longer be the identity, but independent:
+        `InputError` otherwise, and the layer is untouched then.
         """
         groups, rank = self.geometry.groups, self.rank[0]
         own = bias_of(self.first)
@@ -112,6 +125,11 @@ class InterpolativeSFT(FactorizedSFT):
         chosen = places < groups * rank
         order = torch.where(chosen, places, places.max() + 1).argsort(1)[:, :rank]
         square = torch.gather(mixing, 1, order[..., None].expand(-1, -1, rank))
+        if not bool((torch.linalg.cond(square) < 1 / SINGULAR).all()):
+            raise InputError(
+                f"{type(self).__name__} ({self.extra_repr()}): the outputs that its first factor "
+                "computes are no longer independent; choose others."
+            )
         first = self._kernels()[0].to(mixing)
         kernels = [(square @ first.flatten(2)).view_as(first)]
         if len(self.parts) == 2:
@@ -134,13 +152,13 @@ class InterpolativeSFT(FactorizedSFT):
         """Where each output stands in the concatenation, ``(O,)``."""
         groups, outputs = self.geometry.groups, self.geometry.outputs // self.geometry.groups
         rank = self.rank[0]
-        places = torch.empty(groups, outputs, dtype=torch.long)
+        places = torch.empty(groups, outputs, dtype=torch.long, device="cpu")
         for group, picked in enumerate(chosen):
-            rest = torch.ones(outputs, dtype=torch.bool)
+            rest = torch.ones(outputs, dtype=torch.bool, device="cpu")
             rest[picked] = False
-            places[group, picked] = group * rank + torch.arange(rank)
+            places[group, picked] = group * rank + torch.arange(rank, device="cpu")
             behind = groups * rank + group * (outputs - rank)
-            places[group, rest] = behind + torch.arange(outputs - rank)
+            places[group, rest] = behind + torch.arange(outputs - rank, device="cpu")
         return places.flatten()
 
     def product(self, kernels: Sequence[Tensor]) -> Tensor:

@@ -54,10 +54,23 @@ def residual_like(layer: nn.Module, rank: tuple[int, ...]) -> ResidualSFT:
 
 
 def interpolative_like(layer: nn.Module, rank: tuple[int, ...]) -> InterpolativeSFT:
-    """As `factorized_like`; which outputs the first factor computes is to be said by `select`."""
+    """As `factorized_like`; which outputs the first factor computes is to be said by `select`.
+
+    That comes before the kernels and the bias are loaded: it moves the outputs.
+    """
     made = InterpolativeSFT(geometry_of(layer), rank, device="meta", dtype=weight_of(layer).dtype)
     _fill(made, layer)
     made.select(torch.arange(made.rank[0]).expand(made.geometry.groups, -1))
+    own = bias_of(layer)
+    if own is not None:
+        placed = torch.empty_like(own)
+        placed[made.order] = own.detach()
+        parts = torch.split(placed, [part.outputs for part in made.parts])
+        for factor, values in zip(made.factors, parts, strict=True):
+            held = bias_of(factor)
+            assert held is not None
+            with torch.no_grad():
+                held.copy_(values).requires_grad_(own.requires_grad)
     return made
 
 

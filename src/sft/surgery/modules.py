@@ -108,7 +108,8 @@ def fold_batch_norm(model: nn.Module, example: torch.Tensor) -> nn.Module:
             norm.weight,
             norm.bias,
         )
-        conv.weight, conv.bias = weight, bias
+        trained = conv.weight if conv.bias is None else conv.bias
+        conv.weight, conv.bias = weight, bias.requires_grad_(trained.requires_grad)
         replace_module(folded, norm_name, nn.Identity())
     return folded
 

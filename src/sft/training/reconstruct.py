@@ -13,32 +13,32 @@ mend them. There are no gradients and no labels, and only second moments are kep
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sft.core.copies import copy_module
-from sft.core.data import Loader, check_finite, inputs_of
+from sft.core.data import Loader
 from sft.core.errors import InputError
-from sft.core.kernels import KINDS, from_canonical, geometry_of, to_canonical, weight_of
+from sft.core.kernels import KINDS, bias_of, from_canonical, geometry_of, to_canonical, weight_of
 from sft.core.progress import say, track
 from sft.layers.factorized import FactorizedSFT
 from sft.layers.interpolative import InterpolativeSFT
 from sft.layers.residual import ResidualSFT
-from sft.profiling.damage import divergence
 from sft.profiling.moments import Moments
 from sft.profiling.patches import draw, patches, picked, reads
 from sft.surgery.modules import fold_batch_norm, open_all_recurrent
+from sft.training.held_out import batches, device_of, distance, first_batch
 
 PASSES = 8
-POSITIONS = 1024  # of a batch, at least
+POSITIONS = 4096  # of a batch, at least
 CHUNK = 2**22  # numbers that are collected at a time
 RIDGE = 1e-4  # of the mean variance of what a factor reads
 WIDEST = 1024  # numbers that a layer reads which is fitted though it was not split
 ENOUGH = 20  # positions for each number that a factor reads; with fewer it stays as it is
-HELD_OUT = 5  # every fifth batch judges instead of fitting
 
 Stretch = dict[str, "_Fit"]
 
@@ -60,23 +60,28 @@ def reconstruct(
         all of them, if there are fewer than 5), `small` itself is returned.
     passes : over the data; the layers are fitted in so many stretches, in the order they run.
     dense : fit the layers that were not split as well (those that read at most 1,024 numbers).
+    seed : of the positions that are drawn, and of a loader that shuffles.
+    A layer that is fitted has a bias, also if it had none. A layer stays as it is if it is called
+    several times or shares its weight, has a dense branch beside it (`ResidualSFT`), or if there
+    are fewer positions than 20 for each number that it reads.
     Raises `InputError` for data that is empty or not finite. Neither network is changed.
     """
     if passes < 1:
         raise InputError(f"At least 1 pass over the data is needed; {passes} were asked for.")
     fitted = copy_module(small)
-    example = _first(loader)[:1].to(_device(fitted))
+    example = first_batch(loader, seed)[:1].to(device_of(fitted))
     original, _ = open_all_recurrent(fold_batch_norm(teacher, example))
+    before = distance(fitted, original, loader, seed)
     names = _in_order(fitted, original, example, dense)
     length = max(1, math.ceil(len(names) / passes))
     stretches = [names[i : i + length] for i in range(0, len(names), length)]
     generator = torch.Generator().manual_seed(seed)
     for stretch in track(stretches, "stretches fitted", len(stretches)):
         fits = {name: _Fit(fitted.get_submodule(name), generator) for name in stretch}
-        _gather(fitted, original, fits, loader)
+        _gather(fitted, original, fits, loader, seed)
         for fit in fits.values():
             fit.solve()
-    before, after = (_held_out_distance(m, original, loader) for m in (small, fitted))
+    after = distance(fitted, original, loader, seed)
     say(f"  fitted {len(names)} layers: divergence {before:.4g} before, {after:.4g} after")
     return fitted if after < before else small
 
@@ -103,6 +108,8 @@ class _Fit:
         elif z.ndim == self.geometry.axes + 1:
             z, y = z[None], y[None]
         columns = y.reshape(len(y), y.shape[1], -1)
+        if isinstance(self.layer, InterpolativeSFT) and not self.mixes:
+            columns = columns.index_select(1, self.layer.order.argsort())
         total = len(columns) * columns.shape[2]
         chosen = draw(total, max(POSITIONS, 4 * self.depth), self.generator)
         chosen = torch.arange(total) if chosen is None else chosen
@@ -112,7 +119,7 @@ class _Fit:
             found = patches(z, tables, part) if tables else picked(z[..., None], part)
             read = torch.cat(list(found), dim=2)
             wanted = torch.cat(list(picked(columns, part)), dim=2)
-            both = [x.view(self.groups, -1, x.shape[-1] * len(x)) for x in (read, wanted)]
+            both = [x.transpose(0, 1).reshape(self.groups, -1, len(part)) for x in (read, wanted)]
             joint = torch.cat(both, dim=1).flatten(0, 1)[None]
             self.moments.add([joint], joint.mean((0, 2)).double().view(self.groups, -1))
 
@@ -129,12 +136,15 @@ class _Fit:
         kernel = kernel + torch.linalg.solve(system, (cross - kernel @ inner).mT).mT
         bias = (mean[:, depth:] - (kernel @ mean[:, :depth, None])[..., 0]).flatten()
         if isinstance(self.layer, InterpolativeSFT) and self.mixes:
-            self.layer.load_mixing(kernel, bias)
+            with contextlib.suppress(InputError):  # dependent rows: the layer stays as it is
+                self.layer.load_mixing(kernel, bias)
             return
         weight = weight_of(self.last)
         shaped = kernel.view(*kernel.shape[:2], -1, self.geometry.taps)
         weight.copy_(from_canonical(shaped, self.geometry))
-        self.last.register_parameter("bias", nn.Parameter(bias.to(weight)))
+        held = bias_of(self.last)
+        trained = weight.requires_grad if held is None else held.requires_grad
+        self.last.register_parameter("bias", nn.Parameter(bias.to(weight), trained))
 
     def _present(self) -> Tensor:
         """``(G, o, D)`` from what the last factor reads to the layer's outputs."""
@@ -147,15 +157,18 @@ class _ReachedError(Exception):
     """The last layer of a stretch has run; the rest of the network is not needed."""
 
 
-def _gather(fitted: nn.Module, original: nn.Module, fits: Stretch, loader: Loader) -> None:
+def _gather(
+    fitted: nn.Module, original: nn.Module, fits: Stretch, loader: Loader, seed: int
+) -> None:
     """One pass: the original's outputs of the stretch's layers, and what the fitted ones read."""
     wanted: dict[str, list[Tensor]] = {name: [] for name in fits}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            wanted[name].append(output)
             if name == list(fits)[-1]:
+                wanted[name].append(output)
                 raise _ReachedError
+            wanted[name].append(output.clone())  # an activation may overwrite it in place
 
         return hook
 
@@ -172,7 +185,7 @@ def _gather(fitted: nn.Module, original: nn.Module, fits: Stretch, loader: Loade
             watched = original.get_submodule(name).register_forward_hook(keep(name))
             hooks.callback(watched.remove)
             hooks.callback(fit.last.register_forward_pre_hook(add(name)).remove)
-        for x in _batches(loader, _device(fitted), held_out=False):
+        for x in batches(loader, device_of(fitted), held_out=False, seed=seed):
             wanted.update((name, []) for name in fits)
             for network in (original, fitted):
                 with contextlib.suppress(_ReachedError):
@@ -185,12 +198,15 @@ def _in_order(fitted: nn.Module, original: nn.Module, example: Tensor, dense: bo
     known = dict(original.named_modules())
     hooks = []
     inside: list[str] = []
+    uses = Counter(id(p) for m in fitted.modules() for p in m._parameters.values() if p is not None)
     for name, module in fitted.named_modules():
         split = isinstance(module, FactorizedSFT) and not isinstance(module, ResidualSFT)
         if any(name.startswith(f"{outer}.") for outer in inside):
             continue
         if isinstance(module, FactorizedSFT):
             inside.append(name)
+        if any(uses[id(p)] > 1 for p in module.parameters()):
+            continue
         if type(known.get(name)) in KINDS.values() and (split or _fits(module, dense)):
             hooks.append(module.register_forward_hook(lambda *_, n=name: called.append(n)))
     fitted(example)
@@ -203,37 +219,7 @@ def _fits(module: nn.Module, dense: bool) -> bool:
     """Whether a layer that was not split is fitted."""
     if not dense or type(module) not in KINDS.values():
         return False
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return False  # computed from other parameters
     geometry = geometry_of(module)
     return geometry.inputs // geometry.groups * geometry.taps <= WIDEST
-
-
-def _held_out_distance(model: nn.Module, original: nn.Module, loader: Loader) -> float:
-    """Mean divergence from the original on the held-out batches, or on all if there are few."""
-    total, samples = 0.0, 0
-    count = sum(1 for _ in loader)
-    device = _device(original)
-    for x in _batches(loader, device, held_out=True if count >= HELD_OUT else None):
-        total += len(x) * divergence(original(x), model(x))
-        samples += len(x)
-    return total / max(samples, 1)
-
-
-def _batches(loader: Loader, device: torch.device, held_out: bool | None) -> Iterator[Tensor]:
-    """The inputs that judge, those that fit, or all."""
-    for index, batch in enumerate(loader):
-        if held_out is not None and (index % HELD_OUT == HELD_OUT - 1) != held_out:
-            continue
-        x = inputs_of(batch)
-        check_finite(x, "calibration")
-        yield x.to(device)
-
-
-def _first(loader: Loader) -> Tensor:
-    for batch in loader:
-        return inputs_of(batch)
-    raise InputError("The calibration data is empty: at least one batch is needed.")
-
-
-def _device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return first.device if first is not None else torch.device("cpu")

@@ -1,0 +1,335 @@
+"""How fast the decompositions are: the convolution shapes of ResNet-50, beside two libraries.
+
+    python benchmarks/decompositions.py            all 23 shapes
+    python benchmarks/decompositions.py --quick    five of them; writes no file
+
+Kernels are drawn with the spectrum of trained ones (`resnet50_kernels`). Everything starts and ends
+in float64, on one thread, and is timed in turn in one run: medians of three rounds (one for what
+takes over five seconds) of the processor's time, which is what the clock of an idle machine shows;
+the ratios by the clock are given too.
+
+Ours: all errors of all ranks of every scheme that splits the shape (`analyse`), and the refined
+factors of one rank: `tucker2` at a quarter of the channels on both sides, `separable` with half as
+many terms as outputs and penalty 1e-4. That bounds the energies of the terms to about 20 times the
+kernel's; those of `parafac` have no bound. Both are in the table.
+
+tensorly, one rank each: `partial_tucker` on modes (0, 1) and `parafac`, in the faster of its numpy
+and torch backends, from the SVD, tolerance 1e-8, stopped by the first iteration whose squared
+relative error is at most 1.01 times ours, at the latest after 100 and 300 iterations; their time
+counts then. `--linesearch` switches that option of `parafac` on (it is off by default). A pointwise
+kernel is a matrix, for which both methods are the SVD: it is not compared with tensorly.
+
+torch: `torch.linalg.svd` for each of 16 ranks, for the schemes that are an SVD (`channel_in`,
+`channel_out`, `spatial`); one is timed and counted 16 times.
+
+* `speedup_vs_tensorly`: tensorly's time for one rank of both methods over ours for all ranks and
+  the refined factors of the two schemes, summed over the shapes.
+* `error_ratio_vs_tensorly`: median of our squared error over tensorly's, shapes and methods.
+* `gemm_share`: FLOPs of `analyse` of the five closed forms (`closed_form_flops`) over its time,
+  relative to the rate of a 1024 x 1024 float64 product, for kernels of 2^19 weights and more.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from resnet50_kernels import (
+    Shape,
+    closed_form_flops,
+    drawn_kernel,
+    geometry_of_shape,
+    resnet50_shapes,
+    unfoldings,
+)
+from tensorly_peer import Found, faster_backends, iterations_needed, parafac, partial_tucker
+from torch import Tensor
+
+from sft.core.kernels import build_layer
+from sft.decompositions import data_error, decompositions
+from sft.decompositions.polyadic import fit_terms
+from sft.decompositions.tucker2 import rotate_subspaces
+from sft.runtimes.targets import machine
+
+RESULTS = Path(__file__).parent / "results"
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+QUICK = [(64, 3, 7, 2), (64, 64, 3, 1), (1024, 256, 1, 1), (128, 128, 3, 1), (256, 256, 3, 1)]
+WITHIN, PENALTY = 1.01, 1e-4
+ROUNDS, LONG_SECONDS = 3, 5.0
+SVD_RANKS, LARGE = 16, 2**19
+PEERS = {"tucker2": "partial_tucker", "separable": "parafac"}
+WANTED = {
+    "speedup_vs_tensorly": (">=", 20.0),
+    "error_ratio_vs_tensorly": ("<=", 1.0),
+    "gemm_share": (">=", 0.0),
+}
+
+Tasks = dict[str, Callable[[], Any]]
+Row = dict[str, Any]
+
+
+def main() -> None:
+    if any(os.environ.get(name) != count for name, count in ONE_THREAD.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
+    options = _parse()
+    torch.set_num_threads(1)
+    backends = faster_backends(drawn_kernel((128, 128, 3, 1), 0)[0], (32, 32), 64)
+    rows: list[Row] = []
+    for seed, shape in enumerate(QUICK if options.quick else resnet50_shapes()):
+        rows.append(measure(shape, seed, backends, options.linesearch))
+        _show(rows[-1], header=not seed)
+    figures = _figures(rows)
+    details = _details(rows) | {
+        **{f"backend of {method}": own for method, own in backends.items()},
+        "linesearch": "on" if options.linesearch else "off",
+    }
+    for name, value in details.items():
+        print(f"{name:44} {value if isinstance(value, str) else f'{value:10.3f}'}")
+    if not options.quick:
+        print(f"written to {_write(figures, details, rows)}")
+    for name, value in figures.items():
+        print(
+            f"{name:28} {value:8.3f}  wanted {' '.join(map(str, WANTED[name]))}  {_verdict(name, value)}"
+        )
+    print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="five shapes; no file is written")
+    parser.add_argument("--linesearch", action="store_true", help="let parafac extrapolate")
+    return parser.parse_args()
+
+
+def measure(shape: Shape, seed: int, backends: dict[str, str], linesearch: bool) -> Row:
+    """Times and errors of one shape."""
+    geometry, kernel = geometry_of_shape(shape), drawn_kernel(shape, seed)
+    probe, square = build_layer(geometry, bias=False), torch.randn(1024, 1024).double()
+    schemes = [name for name in decompositions if not decompositions[name].unsupported(probe)]
+    row: Row = {"shape": shape, "schemes": schemes}
+    tasks: Tasks = {"gemm": lambda: square @ square}
+    for name in schemes:
+        tasks[name] = lambda method=decompositions[name]: method.analyse(kernel, geometry, None)
+    for name, matrix in unfoldings(kernel, shape).items():
+        tasks[f"svd {name}"] = lambda m=matrix: torch.linalg.svd(m, full_matrices=False)
+    pairs = [] if geometry.pointwise else list(PEERS)
+    if pairs:
+        tasks |= _comparison(row, kernel, shape, backends, linesearch)
+    row["seconds"], row["clock"], results = _in_turn(tasks)
+    for name in pairs:
+        found: Found = results[PEERS[name]]
+        row[f"error {name}"] = _error(kernel, results[f"{name} factors"], name, row)
+        row[f"error {PEERS[name]}"] = _error(kernel, found.kernels, name, row)
+        row[f"iterations {PEERS[name]}"] = found.iterations
+    if pairs:
+        row["growth separable"] = _growth(kernel, results["separable factors"])
+        row["growth parafac"] = _growth(kernel, results["parafac"].kernels)
+    return row
+
+
+def _comparison(
+    row: Row, kernel: Tensor, shape: Shape, backends: dict[str, str], linesearch: bool
+) -> Tasks:
+    """Refined factors of one rank of both schemes, and tensorly's."""
+    outer, inner = shape[0] // 4, max(1, shape[1] // 4)
+    terms, dense = shape[0] // 2, kernel[0]
+    row["rank tucker2"], row["rank separable"] = (inner, outer), (terms,)
+    menu = decompositions["tucker2"].analyse(kernel, geometry_of_shape(shape), None)
+
+    def tucker2() -> list[Tensor]:
+        return rotate_subspaces(kernel, menu.factors((inner, outer)))
+
+    def separable() -> list[Tensor]:
+        return fit_terms(kernel, terms, PENALTY)
+
+    backend = backends["partial_tucker"]
+    wanted = [
+        WITHIN * _error(kernel, make(), name, row)
+        for name, make in (("tucker2", tucker2), ("separable", separable))
+    ]
+    needed = iterations_needed(dense, (inner, outer), wanted[0], backend)
+    return {
+        "tucker2 factors": tucker2,
+        "partial_tucker": lambda: partial_tucker(dense, (inner, outer), needed, backend)[0],
+        "separable factors": separable,
+        "parafac": lambda: parafac(dense, terms, wanted[1], backends["parafac"], linesearch),
+    }
+
+
+def _in_turn(tasks: Tasks) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
+    """Medians of the processor's seconds and of the clock's, and the last result, by task."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    clock: dict[str, list[float]] = {name: [] for name in tasks}
+    results: dict[str, Any] = {}
+    for _ in range(ROUNDS):
+        for name, task in tasks.items():
+            if sum(seconds[name]) > LONG_SECONDS:
+                continue
+            before = time.perf_counter(), time.process_time()
+            results[name] = task()
+            seconds[name].append(time.process_time() - before[1])
+            clock[name].append(time.perf_counter() - before[0])
+    median = statistics.median
+    return (
+        {name: median(own) for name, own in seconds.items()},
+        {name: median(own) for name, own in clock.items()},
+        results,
+    )
+
+
+def _error(kernel: Tensor, kernels: list[Tensor], scheme: str, row: Row) -> float:
+    """Squared error of a chain, relative to the kernel's energy, from the kernel it stands for."""
+    geometry = geometry_of_shape(row["shape"])
+    parts = decompositions[scheme].factors(geometry, row[f"rank {scheme}"])
+    return data_error(kernel, kernels, parts, geometry, None)
+
+
+def _growth(kernel: Tensor, kernels: list[Tensor]) -> float:
+    """Energies of the terms of a separable chain, summed, relative to the kernel's."""
+    first, taps, last = kernels
+    energies = first.square().sum((2, 3))[0] * taps.square().sum((1, 2, 3))
+    return float((energies * last.square().sum((1, 3))[0]).sum() / kernel.square().sum())
+
+
+def _spent(row: Row, kind: str = "seconds") -> dict[str, float]:
+    """Seconds of one shape: ours for the two compared schemes and for all, theirs, and SVDs."""
+    seconds = row[kind]
+    svds = {name: own for name, own in seconds.items() if name.startswith("svd ")}
+    factors = sum(seconds.get(f"{name} factors", 0.0) for name in PEERS)
+    return {
+        "menus": sum(seconds[name] for name in row["schemes"]),
+        "ours": sum(seconds.get(name, 0.0) for name in PEERS) + factors,
+        "all": sum(seconds[name] for name in row["schemes"]) + factors,
+        "tensorly": sum(seconds.get(peer, 0.0) for peer in PEERS.values()),
+        "svd": SVD_RANKS * sum(svds.values()),
+        "svd_menus": sum(seconds[name.removeprefix("svd ")] for name in svds),
+    }
+
+
+def _figures(rows: list[Row]) -> dict[str, float]:
+    done = possible = 0.0
+    for row in (row for row in rows if _weights(row) >= LARGE):
+        flops = closed_form_flops(row["shape"])
+        done += sum(flops.values())
+        rate = 2 * 1024**3 / row["seconds"]["gemm"]
+        possible += rate * sum(row["seconds"][name] for name in flops)
+    return {
+        "speedup_vs_tensorly": _ratio(rows, "tensorly", "ours"),
+        "error_ratio_vs_tensorly": statistics.median(_error_ratios(rows)),
+        "gemm_share": done / possible,
+    }
+
+
+def _ratio(rows: list[Row], above: str, below: str, kind: str = "seconds") -> float:
+    compared = [row for row in rows if above != "tensorly" or row["shape"][2] > 1]
+    spent = [_spent(row, kind) for row in compared]
+    return sum(own[above] for own in spent) / sum(own[below] for own in spent)
+
+
+def _error_ratios(rows: list[Row]) -> list[float]:
+    return [
+        row[f"error {name}"] / row[f"error {peer}"]
+        for row in rows
+        for name, peer in PEERS.items()
+        if f"error {name}" in row
+    ]
+
+
+def _weights(row: Row) -> int:
+    outputs, inputs, extent, _ = row["shape"]
+    return int(outputs * inputs * extent**2)
+
+
+def _details(rows: list[Row]) -> dict[str, float | str]:
+    """What else there is to know, of all shapes together."""
+    compared = [row for row in rows if row["shape"][2] > 1]
+    ratios = _error_ratios(rows)
+
+    def pair(scheme: str) -> float:
+        ours = [row["seconds"][scheme] + row["seconds"][f"{scheme} factors"] for row in compared]
+        return sum(row["seconds"][PEERS[scheme]] for row in compared) / sum(ours)
+
+    capped = sum(row["iterations parafac"] >= PARAFAC_CAP for row in compared)
+    return {
+        "speedup, by the clock": _ratio(rows, "tensorly", "ours", "clock"),
+        "speedup, our time for all schemes": _ratio(rows, "tensorly", "all"),
+        "speedup, tucker2 beside partial_tucker": pair("tucker2"),
+        "speedup, separable beside parafac": pair("separable"),
+        "error ratio, worst": max(ratios),
+        "parafac stopped by the cap, of shapes": f"{capped} of {len(compared)}",
+        "one SVD for each of 16 ranks / our menus": _ratio(rows, "svd", "svd_menus"),
+        "seconds, ours, two schemes": sum(_spent(row)["ours"] for row in compared),
+        "seconds, ours, all schemes": sum(_spent(row)["all"] for row in rows),
+        "seconds, tensorly": sum(_spent(row)["tensorly"] for row in rows),
+    }
+
+
+COLUMNS = (
+    *("shape", "menus s", "ours s", "tensorly s", "ratio", "16 svd s", "ratio "),
+    *("tucker2 err", "theirs", "iter", "separable err", "theirs ", "iter ", "growth", "theirs  "),
+)
+
+
+def _cells(row: Row) -> list[str]:
+    """A row of the table: the menus of all schemes; the two compared ones with their factors."""
+    outputs, inputs, extent, stride = row["shape"]
+    spent = _spent(row)
+    cells = [f"{outputs}x{inputs}x{extent}x{extent}/{stride}", f"{spent['menus']:.4f}"]
+    if extent > 1:
+        cells += [f"{spent['ours']:.4f}", f"{spent['tensorly']:.4f}"]
+        cells.append(f"{spent['tensorly'] / spent['ours']:.1f}")
+    else:
+        cells += ["-"] * 3
+    cells += [f"{spent['svd']:.3f}", f"{spent['svd'] / spent['svd_menus']:.1f}"]
+    if extent == 1:
+        return cells + ["-"] * 8
+    for name, peer in PEERS.items():
+        cells += [f"{row[f'error {name}']:.4f}", f"{row[f'error {peer}']:.4f}"]
+        cells.append(str(row[f"iterations {peer}"]))
+    return [*cells, f"{row['growth separable']:.1f}", f"{row['growth parafac']:.1f}"]
+
+
+def _show(row: Row, header: bool) -> None:
+    widths = [18, *(max(10, len(name) + 1) for name in COLUMNS[1:])]
+    for cells in ([COLUMNS] if header else []) + [_cells(row)]:
+        print("".join(c.strip().rjust(w) for c, w in zip(cells, widths, strict=True)), flush=True)
+
+
+def _write(figures: dict[str, float], details: dict[str, float | str], rows: list[Row]) -> Path:
+    here = machine()
+    named = f"{here['processor']}, {here['instruction_set']}, {here['logical_cores']} cores"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    short = re.sub(r"[^A-Za-z0-9]+", "-", named).strip("-").lower()
+    path = RESULTS / f"decompositions-{short}.csv"
+    with path.open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["figure", "measured", "sense", "wanted", "verdict"])
+        for name, value in figures.items():
+            sense, wanted = WANTED[name]
+            table.writerow([name, f"{value:.4f}", sense, wanted, _verdict(name, value)])
+        for name, detail in {**details, "machine": named, "threads": 1}.items():
+            shown = f"{detail:.4f}" if isinstance(detail, float) else detail
+            table.writerow([name, shown, "", "", ""])
+        tasks = sorted({task for row in rows for task in row["seconds"]})
+        table.writerow([*COLUMNS, *(f"{task}, s" for task in tasks)])
+        for row in rows:
+            own = [format(row["seconds"][t], ".5f") if t in row["seconds"] else "" for t in tasks]
+            table.writerow([*_cells(row), *own])
+    return path
+
+
+def _verdict(name: str, value: float) -> str:
+    sense, wanted = WANTED[name]
+    return "met" if (value >= wanted if sense == ">=" else value <= wanted) else "MISSED"
+
+
+if __name__ == "__main__":
+    main()

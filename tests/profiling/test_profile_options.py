@@ -1,0 +1,124 @@
+"""Every option of `profile` moves what it is for, and nonsense is refused by the option's name."""
+
+from collections.abc import Callable
+
+import pytest
+
+from sft.core.errors import InputError
+from sft.core.records import DENSE, KEEP, Profile
+from sft.profiling.profile import profile
+
+Measure = Callable[..., Profile]
+WHOLE = {KEEP, DENSE}
+
+
+@pytest.fixture
+def measure(net, data) -> Measure:
+    return lambda **options: profile(net, data, "onnxruntime-avx2", **options)
+
+
+def options_of(measured: Profile) -> set:
+    return {c.option for entry in measured.layers for c in entry.candidates}
+
+
+def errors_of(measured: Profile) -> dict:
+    return {
+        (entry.layer.name, c.option): c.error for entry in measured.layers for c in entry.candidates
+    }
+
+
+def alphas_of(measured: Profile) -> dict:
+    return {
+        (entry.layer.name, scheme): alpha
+        for entry in measured.layers
+        for scheme, alpha in entry.alphas.items()
+    }
+
+
+def test_the_menus_hold_only_the_schemes_that_were_asked_for(measure) -> None:
+    measured = measure(schemes=["spatial", "interpolative"])
+    assert {o.scheme for o in options_of(measured)} == {*WHOLE, "spatial", "interpolative"}
+    assert {o.scheme for o in options_of(measure(schemes=()))} == WHOLE
+
+
+def test_in_float_no_option_has_bits_and_no_error_of_rounding(measure) -> None:
+    rounded, exact = measure(), measure(weight_bits=None)
+    assert {o.weight_bits for o in options_of(exact)} == {None}
+    assert DENSE not in {o.scheme for o in options_of(exact)}
+    splits = {(n, o.scheme, o.rank): e for (n, o), e in errors_of(exact).items() if o.rank}
+    assert splits
+    for (name, option), error in errors_of(rounded).items():
+        if option.rank:
+            assert splits[name, option.scheme, option.rank] < error
+
+
+def test_fewer_bits_are_on_every_option_and_round_more(measure) -> None:
+    eight, four = measure(), measure(weight_bits=4)
+    assert {o.weight_bits for o in options_of(four) if o.scheme != KEEP} == {4}
+    for before, after in zip(eight.layers, four.layers, strict=True):
+        (fine,), (coarse,) = (
+            [c for c in entry.candidates if c.option.scheme == DENSE] for entry in (before, after)
+        )
+        assert coarse.error > 4 * fine.error
+        assert coarse.cost.size < fine.cost.size
+
+
+def test_the_gradient_weighs_the_errors(measure) -> None:
+    plain, aware = measure(), measure(loss_aware=True)
+    assert all(s.gradient_covariance is None for s in plain.statistics.values())
+    assert all(s.gradient_covariance is not None for s in aware.statistics.values())
+    before, after = errors_of(plain), errors_of(aware)
+    shared = [key for key in before if key in after and key[1].rank]
+    assert shared
+    assert all(before[key] != after[key] for key in shared)
+
+
+def test_ranks_stand_on_the_multiple(measure) -> None:
+    ranks = {r for o in options_of(measure(rank_multiple=2)) for r in o.rank}
+    assert {2, 6} <= ranks
+    assert all(r % 2 == 0 for r in ranks)
+    assert all(r % 8 == 0 for o in options_of(measure()) for r in o.rank)
+
+
+@pytest.mark.parametrize("option", [{"anchor_samples": 16}, {"anchor_error": 0.9}])
+def test_the_anchor_moves_the_damage_and_not_the_error(measure, option) -> None:
+    usual, moved = (measure(rank_multiple=2, **o) for o in ({}, option))
+    assert errors_of(usual) == errors_of(moved)
+    before, after = alphas_of(usual), alphas_of(moved)
+    assert before.keys() == after.keys()
+    splits = [key for key in before if key[1] not in WHOLE]
+    assert any(before[key] != after[key] for key in splits)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"schemes": ["channel_in"]},
+        {"weight_bits": 4},
+        {"loss_aware": True},
+        {"rank_multiple": 4},
+        {"anchor_samples": 16},
+        {"anchor_error": 0.9},
+    ],
+)
+def test_a_profile_made_otherwise_has_another_fingerprint(measure, option) -> None:
+    usual = {"schemes": ["spatial"]}
+    assert measure(**usual).fingerprint != measure(**{**usual, **option}).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"schemes": ["cp"]}, "no decomposition 'cp'.*channel_in"),
+        ({"weight_bits": 1}, "weight_bits=1: 2 to 8"),
+        ({"weight_bits": 9}, "weight_bits=9: 2 to 8"),
+        ({"rank_multiple": 0}, "rank_multiple=0"),
+        ({"rank_multiple": -2}, "rank_multiple=-2"),
+        ({"anchor_samples": 0}, "anchor_samples=0"),
+        ({"anchor_error": 0.0}, "anchor_error=0.0"),
+        ({"anchor_error": float("nan")}, "anchor_error=nan"),
+    ],
+)
+def test_nonsense_is_refused(measure, option, words) -> None:
+    with pytest.raises(InputError, match=words):
+        measure(**option)
