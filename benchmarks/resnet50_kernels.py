@@ -2,8 +2,8 @@
 
 No trained ResNet-50 is at hand. A kernel has random orthogonal bases of outputs, inputs and taps
 around a Gaussian core whose scales fall as ``n^-0.5`` along the channels and ``n^-0.75`` along the
-taps, and white noise of 2 % of its energy. These are about the spectra of the trained 3x3 kernels of
-this project's `fashion-resnet`.
+taps, and white noise of 2 % of its energy. These are about the spectra of the trained 3x3 kernels
+of this project's `fashion-resnet`.
 """
 
 import torch

@@ -55,7 +55,10 @@ def iterations_needed(dense: Tensor, rank: tuple[int, int], wanted: float, backe
 
 
 def parafac(dense: Tensor, rank: int, wanted: float, backend: str, linesearch: bool) -> Found:
-    """`parafac` of ``(o, i, S)``, stopped by the first iteration whose error is at most `wanted`."""
+    """`parafac` of ``(o, i, S)``, stopped by the first iteration with an error of `wanted` or less.
+
+    linesearch : that option of `parafac`, off by default.
+    """
     decomposition, data = _loaded(dense, backend)
     done = -1  # it is first called before the first iteration
 
@@ -73,7 +76,7 @@ def parafac(dense: Tensor, rank: int, wanted: float, backend: str, linesearch: b
         linesearch=linesearch,
         callback=reached,
     )
-    a, b, c = (torch.as_tensor(part) for part in (a * weights, b, c))
+    a, b, c = (torch.as_tensor(part).double() for part in (a * weights, b, c))
     kernels = [b.T[None, ..., None], c.T[:, None, None], a[None, ..., None]]
     return Found(kernels, done)
 

@@ -13,7 +13,7 @@ what it is made for), and `fails`: what the network does not do even before a la
 `export` (`torch.export.export`) or `compile` (`torch.compile(fullgraph=True)`), with the error.
 
 The table in the repository was made with timm 1.0.31, torchvision 0.28.0 and torch 2.13.0: 1,371
-networks in 98 families, 56 of which are conv-majority.
+networks in 98 families, 56 of which are conv-majority. All of these are exported and compiled.
 """
 
 import json
@@ -39,7 +39,8 @@ def main(names: list[str]) -> None:
         print(f"{family:24s} {model:32s} {share:.3f}", flush=True)
         if share > 0.5:
             table[family] = row(model, share)
-            TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            lines = [f'"{name}": {json.dumps(table[name])}' for name in sorted(table)]
+            TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"{len(table)} families")
 
 

@@ -1,12 +1,17 @@
 """Every option of `profile` moves what it is for, and nonsense is refused by the option's name."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import nn
 
+from sft.core.data import Data
 from sft.core.errors import InputError
 from sft.core.records import DENSE, KEEP, Profile
-from sft.profiling.profile import profile
+from sft.profiling.profile import profile, trusted
+from sft.profiling.statistics import gather_statistics
 
 Measure = Callable[..., Profile]
 WHOLE = {KEEP, DENSE}
@@ -122,3 +127,13 @@ def test_a_profile_made_otherwise_has_another_fingerprint(measure, option) -> No
 def test_nonsense_is_refused(measure, option, words) -> None:
     with pytest.raises(InputError, match=words):
         measure(**option)
+
+
+def test_statistics_of_too_few_positions_are_not_trusted(net: nn.Module, data: Data) -> None:
+    found, _ = gather_statistics(net, ["down", "fc"], data.calibration, gradients=True)
+    assert set(trusted(found)) == {"down"}
+    assert found["fc"].count < 10 * 32
+    rare = dataclasses.replace(found["down"], count=10 * 144)
+    assert trusted({"down": rare})["down"].gradient_covariance is not None
+    wide = dataclasses.replace(rare, output_mean=torch.zeros(1, 145))
+    assert trusted({"down": wide})["down"].gradient_covariance is None

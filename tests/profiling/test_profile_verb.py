@@ -10,7 +10,7 @@ from sft.profiling.profile import load_profile, profile, save_profile
 def test_data_free_uses_the_weights_alone(net, data) -> None:
     aware = profile(net, data, "onnxruntime-avx2")
     blind = profile(net, data, "onnxruntime-avx2", data_free=True)
-    assert set(aware.statistics) == {"stem", "body", "down", "fc"}
+    assert set(aware.statistics) == {"stem", "body", "down"}  # too few samples for fc
     assert blind.statistics == {}
     assert aware.fingerprint != blind.fingerprint
     errors = [[c.error for p in q.layers for c in p.candidates] for q in (aware, blind)]

@@ -47,6 +47,7 @@ class Decomposition(Protocol):
     """
 
     name: str
+    refinable: bool
 
     def unsupported(self, layer: nn.Module) -> str | None:
         """Why this layer cannot be split this way, or None."""

@@ -96,6 +96,17 @@ def by_inputs(kernel: Tensor) -> Tensor:
     return kernel.transpose(1, 2).flatten(2)
 
 
+def project(kernel: Tensor, outputs: Tensor | None, inputs: Tensor | None) -> Tensor:
+    """``U^T K V``, ``(G, q, r, S)``, of bases ``(G, o, q)`` and ``(G, i, r)``; None: the whole."""
+    if outputs is not None:
+        rows = outputs.mT @ kernel.flatten(2)
+        kernel = rows.view(len(kernel), -1, *kernel.shape[2:])
+    if inputs is not None:
+        rows = inputs.mT @ by_inputs(kernel)
+        kernel = rows.view(*rows.shape[:2], kernel.shape[1], -1).transpose(1, 2)
+    return kernel
+
+
 def relative_tails(energies: Tensor, total: Tensor | None = None) -> Tensor:
     """Share of the energy that is dropped at rank 1, 2, ...: ``(k,)``, falling to 0.
 

@@ -8,25 +8,24 @@ A best CP approximation need not exist: without the penalty terms grow and cance
 alternating least squares crawls. With it the sum of the terms' energies stays bounded (4 times the
 kernel's at a penalty of 1e-3, 20 times at 1e-4, on kernels of the spectrum of trained ones), each
 step is a regression whose ``r x r`` normal matrix is well conditioned, and single precision is
-enough for all but the last sweeps.
+enough for all but the last sweep.
 
 * Where r is below the channels, terms are fitted to the core of a Tucker-2 split of that rank first
   (Bro and Andersson 1998), and to the kernel itself in the last sweeps only.
+* The penalty falls from 0.1 in the first half of the sweeps, past poor solutions.
 * Sweeps are extrapolated (Nesterov) and restarted where the objective rose (Mitchell, Ye and De
   Sterck 2020).
 * A sweep is two products with the kernel in the order in which it lies in memory.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from sft.decompositions.bases import by_inputs, descending_eigh
+from sft.decompositions.bases import by_inputs, descending_eigh, project
 
 PENALTY = 1e-3
-SWEEPS = 100
-LAST_SWEEPS = 2
+SWEEPS = 75
+FIRST_PENALTY = 0.1
 
 Terms = tuple[Tensor, Tensor, Tensor]  # (G, o, r), (G, i, r), (G, S, r)
 
@@ -48,69 +47,64 @@ def fit_terms(
     energy = kernel.square().sum((1, 2, 3), keepdim=True)
     scale = energy.clamp_min(1e-300).sqrt()
     kernel = kernel / scale
-    outputs, inputs = _basis(kernel.flatten(2), rank), _basis(by_inputs(kernel), rank)
-    core = _core(kernel, outputs, inputs)
-    problem = _Problem(core.to(torch.float32), penalty)
-    a, b, c = (t.to(kernel) for t in problem.fit(_start(problem.kernel, rank), sweeps, tolerance))
+    short = kernel.to(torch.float32)
+    outputs, inputs = _basis(short.flatten(2), rank), _basis(by_inputs(short), rank)
+    core = project(short, outputs, inputs).contiguous()
+    a, b, c = _fit(core, _start(core, rank), penalty, sweeps, tolerance)
     terms = (a if outputs is None else outputs @ a, b if inputs is None else inputs @ b, c)
-    terms = _Problem(kernel, penalty).fit(terms, LAST_SWEEPS, 0.0)
-    last, first, taps = _even((terms[0] * scale[..., 0], *terms[1:]))
+    a, b, c = (t.to(kernel) for t in _sweep(short, terms, penalty)[0])
+    a, b, c = _sweep(kernel, (a, b, c), penalty)[0]
+    last, first, taps = _even((a * scale[..., 0], b, c))
     return [first.mT[..., None], taps.mT.reshape(-1, 1, 1, kernel.shape[3]), last[..., None]]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """A kernel ``(G, o, i, S)`` of energy about 1 a group, and the penalty."""
+def _fit(kernel: Tensor, terms: Terms, penalty: float, sweeps: int, tolerance: float) -> Terms:
+    """Extrapolated sweeps from `terms`; the best ones found. The kernel has energy 1 a group."""
+    terms, objective = _sweep(kernel, terms, max(penalty, FIRST_PENALTY))
+    best = ahead = _even(terms)
+    age = 0
+    for index in range(1, sweeps):
+        fallen = min(1.0, 2 * index / sweeps)
+        present = max(penalty, FIRST_PENALTY * (penalty / FIRST_PENALTY) ** fallen)
+        terms, value = _sweep(kernel, ahead, present)
+        if not value < objective and age:
+            age = 0
+            terms, value = _sweep(kernel, best, present)
+        if not value < objective:
+            break
+        before, best = best, terms
+        ahead = _ahead(best, before, age / (age + 2))
+        age += 1
+        gain, objective = objective - value, value
+        if fallen == 1.0 and gain < tolerance * objective:
+            break
+    return best
 
-    kernel: Tensor
-    penalty: float
 
-    def fit(self, terms: Terms, sweeps: int, tolerance: float) -> Terms:
-        """Extrapolated sweeps from `terms`; the best ones found."""
-        terms, objective = self.sweep(terms)
-        best = ahead = _even(terms)
-        age = 0
-        for _ in range(sweeps - 1):
-            terms, value = self.sweep(ahead)
-            if not value < objective and age:
-                age = 0
-                terms, value = self.sweep(best)
-            if not value < objective:
-                break
-            before, best = best, _even(terms)
-            ahead = _ahead(best, before, age / (age + 2))
-            age += 1
-            gain, objective = objective - value, value
-            if gain < tolerance * objective:
-                break
-        return best
+def _sweep(kernel: Tensor, terms: Terms, penalty: float) -> tuple[Terms, float]:
+    """Inputs, taps and outputs solved in turn, and the objective there."""
+    a, _, c = terms
+    groups, _, inputs, taps = kernel.shape
+    rows = kernel.flatten(2)
+    partial = (rows.mT @ a).view(groups, inputs, taps, -1)
+    gram_a = a.mT @ a
+    b = _solve(gram_a * (c.mT @ c), (partial * c[:, None]).sum(2), penalty)
+    gram_b = b.mT @ b
+    c = _solve(gram_a * gram_b, (partial * b[:, :, None]).sum(1), penalty)
+    seen = rows @ (b[:, :, None] * c[:, None]).flatten(1, 2)
+    a = _solve(gram_b * (c.mT @ c), seen, penalty)
+    return (a, b, c), groups - float((seen * a).sum())
 
-    def sweep(self, terms: Terms) -> tuple[Terms, float]:
-        """Inputs, taps and outputs solved in turn, and the objective there."""
-        a, _, c = terms
-        groups, _, inputs, taps = self.kernel.shape
-        rows = self.kernel.flatten(2)
-        partial = (rows.mT @ a).view(groups, inputs, taps, -1)
-        gram_a = a.mT @ a
-        b = self._solve(gram_a * (c.mT @ c), (partial * c[:, None]).sum(2))
-        gram_b = b.mT @ b
-        c = self._solve(gram_a * gram_b, (partial * b[:, :, None]).sum(1))
-        normal = gram_b * (c.mT @ c)
-        seen = rows @ (b[:, :, None] * c[:, None]).flatten(1, 2)
-        a = self._solve(normal, seen)
-        product = (a.mT @ a) * normal
-        lost = self.kernel.square().sum() - 2 * (seen * a).sum() + product.sum()
-        return (a, b, c), float(lost + self.penalty * product.diagonal(dim1=1, dim2=2).sum())
 
-    def _solve(self, normal: Tensor, right: Tensor) -> Tensor:
-        """``right (normal + penalty diagonal)^(-1)`` for right ``(G, n, r)``."""
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        least = 8 * torch.finfo(normal.dtype).eps * diagonal.mean(1, keepdim=True) + 1e-30
-        ridged = normal + torch.diag_embed(self.penalty * diagonal + least)
-        lower = torch.linalg.cholesky_ex(ridged).L
-        half = torch.linalg.solve_triangular(lower.mT, right, upper=True, left=False)
-        solved: Tensor = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
-        return solved
+def _solve(normal: Tensor, right: Tensor, penalty: float) -> Tensor:
+    """``right (normal + penalty diagonal)^(-1)`` for right ``(G, n, r)``; `normal` is used up."""
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    least = 8 * torch.finfo(normal.dtype).eps * diagonal.mean(1, keepdim=True) + 1e-30
+    diagonal.mul_(1 + penalty).add_(least)
+    lower = torch.linalg.cholesky_ex(normal).L
+    half = torch.linalg.solve_triangular(lower.mT, right, upper=True, left=False)
+    solved: Tensor = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
+    return solved
 
 
 def _basis(rows: Tensor, rank: int) -> Tensor | None:
@@ -118,13 +112,6 @@ def _basis(rows: Tensor, rank: int) -> Tensor | None:
     if rank >= rows.shape[1]:
         return None
     return descending_eigh(rows @ rows.mT)[1][..., :rank]
-
-
-def _core(kernel: Tensor, outputs: Tensor | None, inputs: Tensor | None) -> Tensor:
-    """The kernel in these bases of its outputs and inputs."""
-    if outputs is not None:
-        kernel = (outputs.mT @ kernel.flatten(2)).reshape(len(kernel), -1, *kernel.shape[2:])
-    return kernel if inputs is None else (inputs.mT[:, None] @ kernel).contiguous()
 
 
 def _start(core: Tensor, rank: int) -> Terms:

@@ -42,6 +42,7 @@ class Residual(Chain):
     """
 
     name = RESIDUAL
+    refinable = False
 
     def __init__(self, bits: int = 3) -> None:
         self.bits = bits

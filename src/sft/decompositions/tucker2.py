@@ -17,7 +17,7 @@ from sft.core.geometry import Geometry
 from sft.core.records import Target
 from sft.core.statistics import Statistics
 from sft.decompositions.base import Chain, Factorization, Rank
-from sft.decompositions.bases import balanced, by_inputs, principal_basis
+from sft.decompositions.bases import balanced, by_inputs, principal_basis, project
 from sft.decompositions.metric import Metric
 from sft.layers.chains import TUCKER2
 
@@ -49,7 +49,7 @@ class Tucker2(Chain):
         whitened = metric.on_taps(half)
         inner, v = principal_basis(by_inputs(whitened), by_inputs(half))
         outer, u = principal_basis(whitened.flatten(2), half.flatten(2))
-        core = _project(half, u, v)
+        core = project(half, u, v)
         energy = metric.on_taps(core).square().sum((0, 3)).mT
 
         def assemble(rank: Rank) -> list[Tensor]:
@@ -87,10 +87,10 @@ def rotate_subspaces(
     v = torch.linalg.qr(kernels[0][..., 0].mT).Q
     u = torch.linalg.qr(kernels[2][..., 0]).Q
     for _ in range(sweeps):
-        u = _turned(u, (v.mT[:, None] @ kernel).flatten(2), powers)
-        outputs = (u.mT @ kernel.flatten(2)).view(len(u), -1, *kernel.shape[2:])
+        u = _turned(u, project(kernel, None, v).flatten(2), powers)
+        outputs = project(kernel, u, None)
         v = _turned(v, by_inputs(outputs), powers)
-    return balanced([v.mT[..., None], v.mT[:, None] @ outputs, u[..., None]])
+    return balanced([v.mT[..., None], project(outputs, None, v), u[..., None]])
 
 
 def _turned(basis: Tensor, rows: Tensor, powers: int) -> Tensor:
@@ -105,10 +105,3 @@ def _errors(energy: Tensor) -> Tensor:
     kept = energy.cumsum(0).cumsum(1)
     total = kept[-1, -1]
     return (total - kept).clamp_min(0) / total if float(total) > 0 else torch.zeros_like(kept)
-
-
-def _project(kernel: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """``U^T K V``: ``(G, q, r, S)``."""
-    core = (u.mT @ kernel.flatten(2)).reshape(len(u), -1, *kernel.shape[2:])
-    rows = v.mT @ by_inputs(core)
-    return rows.reshape(len(v), v.shape[2], u.shape[2], -1).transpose(1, 2)

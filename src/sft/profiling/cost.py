@@ -22,7 +22,9 @@ def cost_of(layer: Layer, option: Option, target: Target) -> Cost:
         method = decompositions[option.scheme]
         factors = method.factors(layer.geometry, option.rank)
         weights = method.params(layer.geometry, option.rank)
-        macs = method.macs(layer.geometry, option.rank, layer.input_size) * layer.calls
+        # All calls, and a batch axis that holds time steps, count as often as they do in the whole.
+        split = method.macs(layer.geometry, option.rank, layer.input_size)
+        macs = layer.macs * split // max(layer.geometry.macs(layer.input_size), 1)
         channels, parts = sum(f.outputs for f in factors), len(factors)
     if option.scheme == KEEP or option.weight_bits is None:
         size = FLOAT_BYTES * (weights + bias)

@@ -77,7 +77,7 @@ class Moments:
             rows = shift.new_empty(channels, samples, length)
             torch.sub(chunk.transpose(0, 1), shift[:, None, None], out=rows)
             rows = rows.flatten(1)
-        return rows.unflatten(0, self.shift.shape)
+        return rows.reshape(*self.shift.shape, -1)
 
     def _move(self, mean: Tensor) -> None:
         """Make `mean` the shift unless the old one is near enough."""
@@ -116,7 +116,7 @@ def pieces(columns: Tensor) -> Iterator[Tensor]:
     channels, length = columns.shape[1:]
     width = max(1, CHUNK // channels)
     if length >= width:
-        for sample in columns.split(1):
-            yield from sample.split(width, dim=2)
+        for sample in torch.split(columns, 1):
+            yield from torch.split(sample, width, dim=2)
     else:
-        yield from columns.split(max(1, width // max(length, 1)))
+        yield from torch.split(columns, max(1, width // max(length, 1)))

@@ -126,7 +126,7 @@ def draw(total: int, limit: int | None, generator: torch.Generator) -> Tensor | 
 def _by_sample(positions: Tensor, length: int) -> Iterator[tuple[int, Tensor]]:
     """Sorted positions of a batch as (sample, positions inside it), for samples that have any."""
     counts = torch.bincount(positions // length).tolist()
-    for sample, own in enumerate(positions.split(counts)):
+    for sample, own in enumerate(torch.split(positions, counts)):
         if len(own):
             yield sample, own - sample * length
 

@@ -35,6 +35,7 @@ from sft.surgery.modules import (
 
 ANCHOR_ERROR = 0.1
 ANCHOR_SAMPLES = 256
+ENOUGH = 10
 PROFILE_FILE, STATISTICS_FILE = "profile.json", "statistics.safetensors"
 
 
@@ -119,8 +120,10 @@ def _profile(
     split = [
         x.name for x in inside.layers if schemes_for(x, get_module(folded, x.name), how.schemes)[1]
     ]
-    used, samples = gather_statistics(folded, split, data.calibration, gradients=how.loss_aware)
-    used = {} if how.data_free else used
+    used, samples = gather_statistics(
+        folded, split, data.calibration, gradients=how.loss_aware and bool(split)
+    )
+    used = {} if how.data_free else trusted(used)
     layers = _measure(folded, inside, used, data, found, how)
     params = max(inside.params, sum(x.params for x in inside.layers))  # tied: at each layer
     return Profile(
@@ -137,6 +140,26 @@ def _profile(
         input_shape=tuple(example.shape[1:]),
         statistics=used,
     )
+
+
+def trusted(statistics: dict[str, Statistics]) -> dict[str, Statistics]:
+    """Those with enough positions for what they describe: 10 for each number.
+
+    With fewer, a covariance has directions without any variance only because so little was seen,
+    and a split would drop them. A layer that is left out is split by its weights alone; a gradient
+    that was seen too rarely is left out by itself.
+    """
+    kept = {}
+    for name, own in statistics.items():
+        if own.count < ENOUGH * own.patch_mean.shape[1]:
+            say(
+                f"  {name}: {own.count} positions are too few for {own.patch_mean.shape[1]} inputs;"
+                " it is split without data. Give more calibration samples."
+            )
+            continue
+        rare = own.count < ENOUGH * own.output_mean.shape[1]
+        kept[name] = dataclasses.replace(own, gradient_covariance=None) if rare else own
+    return kept
 
 
 def fingerprint(

@@ -32,6 +32,7 @@ from sft.profiling.moments import Moments
 from sft.profiling.patches import draw, patches, picked, reads
 from sft.surgery.modules import fold_batch_norm, open_all_recurrent
 from sft.training.held_out import batches, device_of, distance, first_batch
+from sft.training.refit import refine_factors
 
 PASSES = 8
 POSITIONS = 4096  # of a batch, at least
@@ -51,6 +52,7 @@ def reconstruct(
     *,
     passes: int = PASSES,
     dense: bool = True,
+    refine: bool = True,
     seed: int = 0,
 ) -> nn.Module:
     """A copy of a split network whose layers are fitted to the original's outputs.
@@ -60,6 +62,8 @@ def reconstruct(
         all of them, if there are fewer than 5), `small` itself is returned.
     passes : over the data; the layers are fitted in so many stretches, in the order they run.
     dense : fit the layers that were not split as well (those that read at most 1,024 numbers).
+    refine : before that, refine the factors whose closed form is not the optimum by alternating
+        least squares in the norm of the original's patches (`decompositions.refine`).
     seed : of the positions that are drawn, and of a loader that shuffles.
     A layer that is fitted has a bias, also if it had none. A layer stays as it is if it is called
     several times or shares its weight, has a dense branch beside it (`ResidualSFT`), or if there
@@ -72,6 +76,7 @@ def reconstruct(
     example = first_batch(loader, seed)[:1].to(device_of(fitted))
     original, _ = open_all_recurrent(fold_batch_norm(teacher, example))
     before = distance(fitted, original, loader, seed)
+    refined = refine_factors(fitted, original, loader, seed) if refine else 0
     names = _in_order(fitted, original, example, dense)
     length = max(1, math.ceil(len(names) / passes))
     stretches = [names[i : i + length] for i in range(0, len(names), length)]
@@ -82,7 +87,8 @@ def reconstruct(
         for fit in fits.values():
             fit.solve()
     after = distance(fitted, original, loader, seed)
-    say(f"  fitted {len(names)} layers: divergence {before:.4g} before, {after:.4g} after")
+    say(f"  refined {refined} layers, fitted {len(names)}")
+    say(f"  divergence on held-out batches {before:.4g} before, {after:.4g} after")
     return fitted if after < before else small
 
 
