@@ -90,7 +90,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
     options = _parse()
     torch.set_num_threads(1)
-    backends = faster_backends(drawn_kernel((128, 128, 3, 1), 0)[0], (32, 32), 64)
+    backends = faster_backends(drawn_kernel((256, 256, 3, 1), 0)[0], (64, 64), 128)
     rows: list[Row] = []
     for seed, shape in enumerate(QUICK if options.quick else resnet50_shapes()):
         rows.append(measure(shape, seed, backends))

@@ -7,8 +7,11 @@ from sft.decompositions.bases import (
     balanced,
     descending_eigh,
     fixed_signs,
+    principal,
     principal_basis,
     principal_basis_of_gram,
+    principal_of_gram,
+    project,
     relative_tails,
 )
 
@@ -27,6 +30,35 @@ def test_energies_and_vectors_are_those_of_the_svd(shape: tuple[int, ...]) -> No
         torch.testing.assert_close(basis[..., : s.shape[1]], fixed_signs(u))
         identity = torch.eye(basis.shape[2], dtype=torch.float64).expand(shape[0], -1, -1)
         torch.testing.assert_close(basis.mT @ basis, identity)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 9), (2, 9, 5), (1, 1, 4), (1, 6, 6)])
+def test_a_basis_made_later_is_the_one_made_at_once(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    at_once, gram = principal_basis(matrix), matrix @ matrix.mT
+    solved = []
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda m, eigh=torch.linalg.eigh: solved.append(m) or eigh(m)
+    )
+    for energies, basis in (principal(matrix), principal_of_gram(gram, matrix)):
+        assert not solved
+        torch.testing.assert_close(energies[:, : at_once[0].shape[1]], at_once[0])
+        torch.testing.assert_close(basis()[..., : at_once[1].shape[2]], at_once[1])
+        assert basis() is basis()
+        assert len(solved) == 1
+        solved.clear()
+
+
+def test_a_kernel_is_projected_on_outputs_inputs_both_or_neither() -> None:
+    torch.manual_seed(0)
+    kernel, u, v = (torch.randn(2, *s).double() for s in ((5, 4, 3), (5, 2), (4, 3)))
+    whole = torch.einsum("gois,goq,gir->gqrs", kernel, u, v)
+    torch.testing.assert_close(project(kernel, u, v), whole)
+    torch.testing.assert_close(project(project(kernel, u, None), None, v), whole)
+    assert project(kernel, None, None) is kernel
 
 
 def test_the_basis_spans_a_matrix_of_lower_rank_and_one_of_zeros() -> None:

@@ -13,6 +13,7 @@ from sft.core.errors import InputError
 from sft.core.geometry import Geometry
 from sft.decompositions import data_error, decompositions, factorize, refine
 from sft.decompositions.solvers import conjugate_gradients, orthonormal_but, solve_spd
+from sft.decompositions.tucker2 import rotate_subspaces
 from sft.layers import compose, geometry_of, to_canonical
 
 CONV = Geometry(6, 8, (3, 3), (1, 1), (1, 1), (1, 1))
@@ -244,3 +245,23 @@ def test_geometry_of_the_layer_is_the_one_refined() -> None:
     kernel = to_canonical(layer.weight.detach(), geometry_of(layer))
     errors = [float((kernel - s.kernel().detach()).square().sum()) for s in (plain, better)]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("geometry", [CONV, GROUPED, TRANSPOSED], ids=["c", "groups", "transposed"])
+def test_plain_tucker2_is_rotated_monotonically_to_the_orthogonal_iteration(
+    geometry: Geometry, seen
+) -> None:
+    kernel, rank = seen(geometry).kernel, RANKS["tucker2"]
+    method = decompositions["tucker2"]
+    parts = method.factors(geometry, rank)
+    chain = method.analyse(kernel, geometry, None).factors(rank)
+    errors = [data_error(kernel, chain, parts, geometry, None)]
+    for _ in range(4):
+        chain = rotate_subspaces(kernel, chain, sweeps=1)
+        errors.append(data_error(kernel, chain, parts, geometry, None))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
+    assert errors[-1] < errors[0] or rank[1] == geometry.outputs // geometry.groups
+    solved = rotate_subspaces(kernel, chain, sweeps=200, powers=20)
+    best = data_error(kernel, solved, parts, geometry, None)
+    gauge = refine(kernel, solved, parts, geometry, None, 50, 1e-9)[1][-1]
+    assert best <= gauge * (1 + 1e-6)

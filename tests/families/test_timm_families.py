@@ -5,7 +5,7 @@ are random. Of each network
 
 * every dense layer of `torch.nn` is split, with a quarter of its full rank, by one scheme after
   the other; what computes its weight in a way of its own is refused with a reason;
-* the forward pass keeps shape and dtype, and the result depends on the split layers;
+* the forward pass keeps shape and dtype, and the image still decides the result;
 * the state dict, through a safetensors file, makes an equal split network bit-equal;
 * `torch.export.export` and `torch.compile(fullgraph=True)` take the split network, as they take
   each of the dense ones (`fails` of the table would name those that they do not take).
@@ -82,15 +82,14 @@ def test_family(
     small = build(timm, row, seed=0)
     for name, (scheme, rank) in plan.items():
         replace(small, name, split_layer(small.get_submodule(name), scheme, rank))
+    estimate_norms(small, row)
     with torch.no_grad():
-        got = small(x)
+        got, mirrored = small(x), small(x.flip(-1))
     assert got.shape == wanted.shape
     assert got.dtype == wanted.dtype == torch.float32
-    assert bool(torch.isfinite(got).all())
-    assert not torch.equal(got, wanted)
-    with torch.no_grad():
-        moved = float((small(x.flip(-1)) - got).abs().max() / got.abs().max())
+    moved = float((mirrored - got).abs().max() / got.abs().max())
     record_property("moved", f"{moved:.1e}")
+    assert moved > 10 * TOLERANCE
     check_round_trip(small, build(timm, row, seed=1), plan, x, got)
     check_close(exported(small, x), got)
     check_close(compiled(small, x), got)
@@ -108,8 +107,20 @@ def build(timm: ModuleType, row: dict[str, Any], seed: int) -> nn.Module:
     return model.eval()
 
 
-def made_input(row: dict[str, Any]) -> Tensor:
-    return torch.randn(1, *row["input"], generator=torch.Generator().manual_seed(0))
+def made_input(row: dict[str, Any], images: int = 1) -> Tensor:
+    return torch.randn(images, *row["input"], generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def estimate_norms(model: nn.Module, row: dict[str, Any]) -> None:
+    """Set the batch norms to what a few images give, so that a deep network passes its input on."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    model(made_input(row, 4))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
 
 
 def choose_splits(model: nn.Module) -> tuple[Split, dict[str, str]]:
@@ -176,9 +187,9 @@ def check_round_trip(
     for name, (scheme, rank) in plan.items():
         replace(other, name, empty_split(other.get_submodule(name), scheme, rank))
     with torch.no_grad():
-        assert not torch.equal(other(x), wanted)
         state = {k: v.contiguous().clone() for k, v in small.state_dict().items()}
         stored = safetensors.torch.load(safetensors.torch.save(state))
+        assert any(not torch.equal(stored[k], v) for k, v in other.state_dict().items())
         other.load_state_dict(stored, strict=True)
         assert torch.equal(other(x), wanted)
 

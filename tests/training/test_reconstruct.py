@@ -16,6 +16,7 @@ from sft.layers import InterpolativeSFT, ResidualSFT, open_recurrent
 from sft.profiling.damage import divergence
 from sft.surgery.modules import fold_batch_norm, get_module, replace_module
 from sft.training import reconstruct as file
+from sft.training import refit
 from sft.training.reconstruct import reconstruct
 
 SPLIT = [name for name in decompositions if name != "residual"]
@@ -406,3 +407,27 @@ def test_padding_is_read_as_the_layer_reads_it() -> None:
     conv = nn.Conv2d(3, 4, 3, 2, 1)
     with torch.no_grad():
         assert torch.equal(unfolded(conv, x), functional.unfold(x, 3, stride=2, padding=1))
+
+
+@pytest.mark.parametrize("scheme", ["channel_in", "spatial"])
+def test_refined_factors_are_nearer_to_the_original(
+    net: nn.Module, data: Data, scheme: str
+) -> None:
+    small = split_net(net, scheme, 3, ("body",))
+    x = data.test.inputs
+    with torch.no_grad():
+        errors = [
+            float((reconstruct(small, net, data.calibration, refine=r)(x) - net(x)).square().mean())
+            for r in (False, True)
+        ]
+    assert errors[1] < errors[0]
+
+
+def test_patch_covariances_are_gathered_a_few_layers_at_a_time(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folded = fold_batch_norm(net, torch.zeros(1, 1, 12, 12))
+    names = ["stem", "body", "down"]
+    assert refit._groups(folded, names) == [names]
+    monkeypatch.setattr(refit, "AT_A_TIME", 144**2 + 9**2)
+    assert refit._groups(folded, names) == [["stem", "body"], ["down"]]

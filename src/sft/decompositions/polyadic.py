@@ -11,7 +11,7 @@ step is a regression whose ``r x r`` normal matrix is well conditioned, and sing
 enough for all but the last sweep.
 
 * Where r is below the channels, terms are fitted to the core of a Tucker-2 split of that rank first
-  (Bro and Andersson 1998), and to the kernel itself in the last sweeps only.
+  (Bro and Andersson 1998), and to the kernel itself in the last two sweeps only.
 * The penalty falls from 0.1 in the first half of the sweeps, past poor solutions.
 * Sweeps are extrapolated (Nesterov) and restarted where the objective rose (Mitchell, Ye and De
   Sterck 2020).
@@ -24,7 +24,7 @@ from torch import Tensor
 from sft.decompositions.bases import by_inputs, descending_eigh, project
 
 PENALTY = 1e-3
-SWEEPS = 75
+SWEEPS = 100
 FIRST_PENALTY = 0.1
 
 Terms = tuple[Tensor, Tensor, Tensor]  # (G, o, r), (G, i, r), (G, S, r)
@@ -40,7 +40,7 @@ def fit_terms(
     """Canonical kernels of the three factors of `separable` (in the order of application).
 
     kernel : canonical ``(G, o, i, S)``, float64.
-    penalty : on the energies of the terms, relative to that of the kernel's fit.
+    penalty : on the energies of the terms, relative to the squared error; above 0.
     sweeps, tolerance : stop after so many sweeps over the core, or when one lowers the objective by
         less than this share of it.
     """
@@ -58,6 +58,7 @@ def fit_terms(
     return [first.mT[..., None], taps.mT.reshape(-1, 1, 1, kernel.shape[3]), last[..., None]]
 
 
+@torch.inference_mode()
 def _fit(kernel: Tensor, terms: Terms, penalty: float, sweeps: int, tolerance: float) -> Terms:
     """Extrapolated sweeps from `terms`; the best ones found. The kernel has energy 1 a group."""
     terms, objective = _sweep(kernel, terms, max(penalty, FIRST_PENALTY))
