@@ -69,6 +69,27 @@ def load_photos(split: str, size: int = 224, crops: int = 1, seed: int = 0) -> t
     return ((pixels.float() - 127) / 128).permute(0, 3, 1, 2).contiguous()
 
 
+def load_other_pictures(size: int = 224) -> torch.Tensor:
+    """The paintings and drawings of the same packages, none of them in a split, the centre of each.
+
+    ``(N, 3, size, size)`` as `load_photos` gives: more to calibrate on, never to judge with.
+    """
+    photos = {_fingerprint(p) for p in _pictures()}
+    others = {_fingerprint(p): p for p in _all_pictures()}
+    generator = np.random.default_rng(0)
+    prepared = [_crop(p, size, None) for key, p in others.items() if key not in photos]
+    order = generator.permutation(len(prepared))
+    pixels = torch.from_numpy(np.stack([prepared[i] for i in order]))
+    return ((pixels.float() - 127) / 128).permute(0, 3, 1, 2).contiguous()
+
+
+def _all_pictures() -> Iterator[Image.Image]:
+    for path in sorted(RESOURCES.glob("*.rcc")):
+        yield from _inside(path)
+    for path in sorted(STAMPS.rglob("*.png")):
+        yield from _opened(path.read_bytes())
+
+
 def _pictures() -> Iterator[Image.Image]:
     for activity in ACTIVITIES:
         if (path := RESOURCES / f"{activity}.rcc").is_file():

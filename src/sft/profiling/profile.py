@@ -121,7 +121,10 @@ def _profile(
         x.name for x in inside.layers if schemes_for(x, get_module(folded, x.name), how.schemes)[1]
     ]
     used, samples = gather_statistics(
-        folded, split, data.calibration, gradients=how.loss_aware and bool(split)
+        folded,
+        [] if how.data_free else split,
+        data.calibration,
+        gradients=how.loss_aware and bool(split),
     )
     used = {} if how.data_free else trusted(used)
     layers = _measure(folded, inside, used, data, found, how)
