@@ -9,8 +9,8 @@ on drawings, which have no part in the score); a 1-d and a recurrent keyword spo
 training (test accuracy). Each is profiled once, planned for every budget by damage per MAC, split,
 and refined and fitted in closed form (`sft.reconstruct`) where that helps on held-out calibration
 data; on EfficientNet-Lite0 it never did, and is left out. "Plain SVD" is the same without data:
-ranks by the same planning with the weights' own errors and measured damage, factors by truncated SVD, no
-fitting. Test data is touched only to score. The last line printed is one JSON object.
+ranks by the same planning with the weights' own errors and measured damage, factors by truncated
+SVD, no fitting. Test data is touched only to score. The last line printed is one JSON object.
 """
 
 import argparse

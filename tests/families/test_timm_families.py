@@ -107,8 +107,9 @@ def build(timm: ModuleType, row: dict[str, Any], seed: int) -> nn.Module:
     return model.eval()
 
 
-def made_input(row: dict[str, Any], images: int = 1) -> Tensor:
-    return torch.randn(images, *row["input"], generator=torch.Generator().manual_seed(0))
+def made_input(row: dict[str, Any], images: int = 1, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(images, *row["input"], generator=generator)
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def estimate_norms(model: nn.Module, row: dict[str, Any]) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().momentum = 1.0
-    model(made_input(row, 4))
+    model(made_input(row, images=8, seed=1))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
 
