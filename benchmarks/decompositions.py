@@ -31,18 +31,16 @@ torch: `torch.linalg.svd` for each of 16 ranks, for the schemes that are an SVD 
 """
 
 import argparse
-import csv
 import json
 import os
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from decompositions_report import PEERS, TUNED, WANTED, Row, show, spent, verdict, write
 from resnet50_kernels import (
     Shape,
     closed_form_flops,
@@ -65,24 +63,13 @@ from sft.core.kernels import build_layer
 from sft.decompositions import data_error, decompositions
 from sft.decompositions.polyadic import fit_terms
 from sft.decompositions.tucker2 import rotate_subspaces
-from sft.runtimes.targets import machine
 
-RESULTS = Path(__file__).parent / "results"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 QUICK = [(64, 3, 7, 2), (64, 64, 3, 1), (1024, 256, 1, 1), (128, 128, 3, 1), (256, 256, 3, 1)]
 WITHIN, PENALTY = 1.01, 1e-4
-ROUNDS, LONG_SECONDS = 3, 2.0
-SVD_RANKS, LARGE = 16, 2**19
-PEERS = {"tucker2": "partial_tucker", "separable": "parafac"}
-TUNED = "parafac, float32 and line search"
-WANTED = {
-    "speedup_vs_tensorly": (">=", 20.0),
-    "error_ratio_vs_tensorly": ("<=", 1.0),
-    "gemm_share": (">=", 0.0),
-}
+ROUNDS, LONG_SECONDS, LARGE = 3, 2.0, 2**19
 
 Tasks = dict[str, Callable[[], Any]]
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -94,16 +81,16 @@ def main() -> None:
     rows: list[Row] = []
     for seed, shape in enumerate(QUICK if options.quick else resnet50_shapes()):
         rows.append(measure(shape, seed, backends))
-        _show(rows[-1], header=not seed)
+        show(rows[-1], header=not seed)
     figures = _figures(rows)
     details = _details(rows) | {f"backend of {peer}": own for peer, own in backends.items()}
     for name, value in details.items():
         print(f"{name:60} {value if isinstance(value, str) else f'{value:10.3f}'}")
     if not options.quick:
-        print(f"written to {_write(figures, details, rows)}")
+        print(f"written to {write(figures, details, rows)}")
     for name, value in figures.items():
         wanted = " ".join(map(str, WANTED[name]))
-        print(f"{name:28} {value:8.3f}  wanted {wanted}  {_verdict(name, value)}")
+        print(f"{name:28} {value:8.3f}  wanted {wanted}  {verdict(name, value)}")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
@@ -202,21 +189,6 @@ def _growth(kernel: Tensor, kernels: list[Tensor]) -> float:
     return float((energies * last.square().sum((1, 3))[0]).sum() / kernel.square().sum())
 
 
-def _spent(row: Row, kind: str = "seconds") -> dict[str, float]:
-    """Seconds of one shape: ours for the two compared schemes and for all, theirs, and SVDs."""
-    seconds = row[kind]
-    svds = {name: own for name, own in seconds.items() if name.startswith("svd ")}
-    factors = sum(seconds.get(f"{name} factors", 0.0) for name in PEERS)
-    return {
-        "menus": sum(seconds[name] for name in row["schemes"]),
-        "ours": sum(seconds.get(name, 0.0) for name in PEERS) + factors,
-        "all": sum(seconds[name] for name in row["schemes"]) + factors,
-        "tensorly": sum(seconds.get(peer, 0.0) for peer in PEERS.values()),
-        "svd": SVD_RANKS * sum(svds.values()),
-        "svd_menus": sum(seconds[name.removeprefix("svd ")] for name in svds),
-    }
-
-
 def _figures(rows: list[Row]) -> dict[str, float]:
     done = possible = 0.0
     for row in (row for row in rows if _weights(row) >= LARGE):
@@ -233,8 +205,8 @@ def _figures(rows: list[Row]) -> dict[str, float]:
 
 def _ratio(rows: list[Row], above: str, below: str, kind: str = "seconds") -> float:
     compared = [row for row in rows if above != "tensorly" or row["shape"][2] > 1]
-    spent = [_spent(row, kind) for row in compared]
-    return sum(own[above] for own in spent) / sum(own[below] for own in spent)
+    totals = [spent(row, kind) for row in compared]
+    return sum(own[above] for own in totals) / sum(own[below] for own in totals)
 
 
 def _error_ratios(rows: list[Row]) -> list[float]:
@@ -277,69 +249,10 @@ def _details(rows: list[Row]) -> dict[str, float | str]:
             for task in (scheme, f"{scheme} factors")
         },
         "one SVD for each of 16 ranks / our menus": _ratio(rows, "svd", "svd_menus"),
-        "seconds, ours, two schemes": sum(_spent(row)["ours"] for row in compared),
-        "seconds, ours, all schemes": sum(_spent(row)["all"] for row in rows),
-        "seconds, tensorly": sum(_spent(row)["tensorly"] for row in rows),
+        "seconds, ours, two schemes": sum(spent(row)["ours"] for row in compared),
+        "seconds, ours, all schemes": sum(spent(row)["all"] for row in rows),
+        "seconds, tensorly": sum(spent(row)["tensorly"] for row in rows),
     }
-
-
-COLUMNS = (
-    *("shape", "menus s", "ours s", "tensorly s", "ratio", "16 svd s", "ratio "),
-    *("tucker2 err", "theirs", "iter", "separable err", "theirs ", "iter ", "growth", "theirs  "),
-)
-
-
-def _cells(row: Row) -> list[str]:
-    """A row of the table: the menus of all schemes; the two compared ones with their factors."""
-    outputs, inputs, extent, stride = row["shape"]
-    spent = _spent(row)
-    cells = [f"{outputs}x{inputs}x{extent}x{extent}/{stride}", f"{spent['menus']:.4f}"]
-    if extent > 1:
-        cells += [f"{spent['ours']:.4f}", f"{spent['tensorly']:.4f}"]
-        cells.append(f"{spent['tensorly'] / spent['ours']:.1f}")
-    else:
-        cells += ["-"] * 3
-    cells += [f"{spent['svd']:.3f}", f"{spent['svd'] / spent['svd_menus']:.1f}"]
-    if extent == 1:
-        return cells + ["-"] * 8
-    for name, peer in PEERS.items():
-        cells += [f"{row[f'error {name}']:.4f}", f"{row[f'error {peer}']:.4f}"]
-        cells.append(str(row[f"iterations {peer}"]))
-    return [*cells, f"{row['growth separable']:.1f}", f"{row['growth parafac']:.1f}"]
-
-
-def _show(row: Row, header: bool) -> None:
-    widths = [18, *(max(10, len(name) + 1) for name in COLUMNS[1:])]
-    for cells in ([COLUMNS] if header else []) + [_cells(row)]:
-        print("".join(c.strip().rjust(w) for c, w in zip(cells, widths, strict=True)), flush=True)
-
-
-def _write(figures: dict[str, float], details: dict[str, float | str], rows: list[Row]) -> Path:
-    here = machine()
-    named = f"{here['processor']}, {here['instruction_set']}, {here['logical_cores']} cores"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    short = re.sub(r"[^A-Za-z0-9]+", "-", named).strip("-").lower()
-    path = RESULTS / f"decompositions-{short}.csv"
-    with path.open("w", newline="") as stream:
-        table = csv.writer(stream)
-        table.writerow(["figure", "measured", "sense", "wanted", "verdict"])
-        for name, value in figures.items():
-            sense, wanted = WANTED[name]
-            table.writerow([name, f"{value:.4f}", sense, wanted, _verdict(name, value)])
-        for name, detail in {**details, "machine": named, "threads": 1}.items():
-            shown = f"{detail:.4f}" if isinstance(detail, float) else detail
-            table.writerow([name, shown, "", "", ""])
-        tasks = sorted({task for row in rows for task in row["seconds"]})
-        table.writerow([*COLUMNS, *(f"{task}, s" for task in tasks)])
-        for row in rows:
-            own = [format(row["seconds"][t], ".5f") if t in row["seconds"] else "" for t in tasks]
-            table.writerow([*_cells(row), *own])
-    return path
-
-
-def _verdict(name: str, value: float) -> str:
-    sense, wanted = WANTED[name]
-    return "met" if (value >= wanted if sense == ">=" else value <= wanted) else "MISSED"
 
 
 if __name__ == "__main__":

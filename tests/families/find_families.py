@@ -1,7 +1,7 @@
 """Makes `families.json`: the smallest network of each conv-majority family of timm.
 
-    python tests/families/find_families.py          all families; minutes
-    python tests/families/find_families.py NAME ..  the rows of these families anew
+    python tests/families/find_families.py           all families; 20 minutes
+    python tests/families/find_families.py NAME ..   the rows of these families anew
 
 A family is a module of `timm.models`. Its smallest member is the one with fewest parameters; all
 members are made on the meta device, with random weights, so that nothing is downloaded. The family
@@ -32,6 +32,8 @@ timm: Any = import_timm()
 
 
 def main(names: list[str]) -> None:
+    if timm is None:
+        sys.exit("needs timm: pip install 'structured-filter-transform[test-families]'")
     table = json.loads(TABLE.read_text()) if names else {}
     for family in names or timm.list_modules():
         model = smallest(family)
