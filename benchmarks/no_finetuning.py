@@ -184,7 +184,8 @@ def _first(loader: Loader, count: int) -> Loader:
 def _write(rows: Sequence[dict[str, Any]]) -> None:
     here = machine()
     processor = "-".join(here["processor"].lower().split()[:2])
-    path = RESULTS / f"no_finetuning-{processor}.csv"
+    short = f"{processor}-{here['instruction_set']}-{here['logical_cores']}-cores"
+    path = RESULTS / f"no_finetuning-{short}.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -11,6 +11,8 @@ those of convolutions: the classifier of a small network on 1,000 classes outwei
 For each the table holds the smallest square input that the network takes (64, 96, ... pixels, or
 what it is made for), and `fails`: what the network does not do even before a layer of it is split,
 `export` (`torch.export.export`) or `compile` (`torch.compile(fullgraph=True)`), with the error.
+`split` counts the convolutions and linear layers that are to be split, `kept` those that are
+depthwise or of a class that is not one of `torch.nn`.
 
 The table in the repository was made with timm 1.0.31, torchvision 0.28.0 and torch 2.13.0: 1,371
 networks in 98 families, 56 of which are conv-majority. All of these are exported and compiled.
@@ -75,8 +77,22 @@ def row(name: str, share: float) -> dict[str, Any]:
         "input": shape,
         "parameters": parameters(model),
         "share": round(share, 3),
+        **layer_counts(model),
         "fails": failures(model, x),
     }
+
+
+def layer_counts(model: nn.Module) -> dict[str, int]:
+    """How many layers with a kernel are to be split, and how many are not."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    layers = [layer for layer in model.modules() if isinstance(layer, kinds)]
+    split = [
+        layer
+        for layer in layers
+        if type(layer).__module__.startswith("torch.nn.")
+        and not (isinstance(layer, kinds[1]) and 1 < layer.groups == layer.in_channels)
+    ]
+    return {"split": len(split), "kept": len(layers) - len(split)}
 
 
 def smallest_input(name: str) -> tuple[dict[str, int], list[int]]:
