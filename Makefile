@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench setup
+.PHONY: demo test test-slow lint bench bench-decompositions setup
 
 demo: $(READY)
 	$(VENV)/bin/sft demo
@@ -21,6 +21,12 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PYTHON) benchmarks/main_job.py
+
+# Needs more packages for some networks and data; each script names what is missing.
+bench-decompositions: $(READY)
+	$(PYTHON) benchmarks/decompositions.py
+	$(PYTHON) benchmarks/calibration.py
+	$(PYTHON) benchmarks/no_finetuning.py
 
 setup: $(READY)
 
