@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 PLAIN = ("channel_in", "channel_out", "spatial")
 AWARE = ("channel_in", "interpolative", "separable", "spatial", "tucker2")
 PAIR = ("interpolative", "spatial")  # for networks of pointwise layers and a stem
-QUICK_TEST = 2500
+QUICK_TEST, QUICK_PICTURES = 2500, 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +119,14 @@ def _fashion(quick: bool) -> Case:
 
 def _efficientnet(quick: bool) -> Case:
     model = load_efficientnet_lite0()
-    photos = torch.cat([load_photos("calibration"), load_other_pictures()])
+    others = load_other_pictures()[: QUICK_PICTURES if quick else None]
+    photos = torch.cat([load_photos("calibration"), others])
     photos = photos[torch.randperm(len(photos))]
     test = load_photos("test", crops=3)
     return Case(
         "efficientnet-lite0", model, sft.Data(calibration=sft.Batches(photos, batch_size=32)),
         sft.Batches(test, batch_size=32), _agreement_with(model), (1.1, 1.25, 1.5),
-        {"rank_multiple": 2, "anchor_samples": 64, "anchor_error": 0.01}, PAIR,
+        {"rank_multiple": 2, "anchor_samples": 32 if quick else 64, "anchor_error": 0.01}, PAIR,
         fit=False,
     )  # fmt: skip
 

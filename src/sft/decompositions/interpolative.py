@@ -16,7 +16,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from sft.core.geometry import Geometry, chain_macs, chain_params
+from sft.core.geometry import Geometry
 from sft.core.records import Target
 from sft.core.statistics import Statistics
 from sft.decompositions.base import Chain, Factorization, Rank, corrected_bias, kernel_of
@@ -40,12 +40,6 @@ class Interpolative(Chain):
 
     def factors(self, geometry: Geometry, rank: Rank) -> tuple[Geometry, ...]:
         return interpolative_parts(geometry, rank)
-
-    def params(self, geometry: Geometry, rank: Rank) -> int:
-        return chain_params(self.factors(geometry, rank))
-
-    def macs(self, geometry: Geometry, rank: Rank, size: Rank) -> int:
-        return chain_macs(self.factors(geometry, rank), size)
 
     def lane(self, target: Target) -> Rank:
         return (target.output_lane,)
