@@ -8,10 +8,13 @@ from sft.core.budget import Budget
 from sft.core.data import Batches, Data
 from sft.core.errors import InputError
 from sft.core.records import Option, Plan, Profile
-from sft.layers import GRUSFT, FactorizedSFT
+from sft.decompositions import factorize
+from sft.layers import GRUSFT, FactorizedSFT, open_recurrent
 from sft.planning.allocate import plan as make_plan
 from sft.profiling.profile import profile
 from sft.surgery.apply import apply
+from sft.surgery.modules import fold_batch_norm, replace_module
+from sft.surgery.quantize import quantize
 
 CHANNELS, STEPS = 6, 9
 
@@ -160,3 +163,29 @@ def test_tied_weights_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"'again' with weight \(16, 16, 3\).*shared with another"):
         apply(model, plan.replace("again", Option("channel_out", (8,), None)))
     assert model.again.weight is model.body.weight
+
+
+def test_a_module_whose_maps_are_planned_in_integers_is_opened(listener, plan) -> None:
+    whole = plan
+    for name in ("gru.input_maps.0", "gru.hidden_maps.0"):
+        whole = whole.replace(name, Option("dense"))
+    small = apply(listener, whole)
+    assert isinstance(small.gru, GRUSFT)
+    rounded = quantize(small, whole, "onnxruntime-avx2", Batches(sequences(16, 0), batch_size=16))
+    assert {"gru.input_maps.0.weight", "gru.hidden_maps.0.weight"} <= set(rounded.weights())
+
+
+def test_an_opened_module_takes_the_arguments_of_torch_by_name() -> None:
+    closed = nn.LSTM(5, 7)
+    x, state = torch.randn(3, 2, 5), (torch.randn(1, 2, 7), torch.randn(1, 2, 7))
+    opened = open_recurrent(closed)
+    assert torch.allclose(opened(input=x, hx=state)[0], closed(input=x, hx=state)[0], atol=1e-6)
+
+
+def test_a_split_layer_of_a_transformer_is_called() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    small = fold_batch_norm(layer, x)
+    replace_module(small, "linear1", factorize(layer.linear1, "channel_out", 8))
+    with torch.no_grad():
+        assert torch.allclose(small(x), layer(x), atol=1e-5)

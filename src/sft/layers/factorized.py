@@ -93,10 +93,10 @@ class FactorizedSFT(nn.Module):
         if self.bias is not None:
             draw(self.bias, default_square(whole))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         for factor in self.factors:
-            x = factor(x)
-        return x
+            input = factor(input)
+        return input
 
     def kernel(self) -> Tensor:
         """The dense canonical kernel ``(G, O/G, I/G, S)``; differentiable, in the layer's dtype.

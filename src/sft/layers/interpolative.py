@@ -60,9 +60,9 @@ class InterpolativeSFT(FactorizedSFT):
             if bias is not None:
                 draw(bias, default_square(part))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         axis = -1 - self.geometry.axes
-        outputs: Tensor = self.first(x)
+        outputs: Tensor = self.first(input)
         if len(self.parts) == 2:
             outputs = torch.cat([outputs, self.second(outputs)], axis)
         return outputs.index_select(axis, self.order)

@@ -187,8 +187,8 @@ class LSTMSFT(_RecurrentSFT):
     def state_sizes(self) -> tuple[int, ...]:
         return (self.proj_size or self.hidden_size, self.hidden_size)
 
-    def forward(self, x: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
-        outputs, (hidden, cell) = self._walk(x, state)
+    def forward(self, input: Tensor, hx: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
+        outputs, (hidden, cell) = self._walk(input, hx)
         return outputs, (hidden, cell)
 
     def _step(self, index: int, gates: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -209,8 +209,8 @@ class GRUSFT(_RecurrentSFT):
     def state_sizes(self) -> tuple[int, ...]:
         return (self.hidden_size,)
 
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        outputs, (hidden,) = self._walk(x, None if state is None else (state,))
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs, (hidden,) = self._walk(input, None if hx is None else (hx,))
         return outputs, hidden
 
     def _step(self, index: int, gates: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -262,9 +262,9 @@ class LSTMCellSFT(_CellSFT):
 
     gates = 4
 
-    def forward(self, x: Tensor, state: LSTMState | None = None) -> LSTMState:
-        hidden, cell = (self._zeros(x), self._zeros(x)) if state is None else state
-        return lstm_step(self.input_map(x) + self.hidden_map(hidden), cell, -1)
+    def forward(self, input: Tensor, hx: LSTMState | None = None) -> LSTMState:
+        hidden, cell = (self._zeros(input), self._zeros(input)) if hx is None else hx
+        return lstm_step(self.input_map(input) + self.hidden_map(hidden), cell, -1)
 
 
 class GRUCellSFT(_CellSFT):
@@ -272,6 +272,6 @@ class GRUCellSFT(_CellSFT):
 
     gates = 3
 
-    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
-        hidden = self._zeros(x) if state is None else state
-        return gru_step(self.input_map(x), self.hidden_map(hidden), hidden, -1)
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        hidden = self._zeros(input) if hx is None else hx
+        return gru_step(self.input_map(input), self.hidden_map(hidden), hidden, -1)

@@ -50,8 +50,8 @@ class ResidualSFT(FactorizedSFT):
         if bias is not None:
             draw(bias, default_square(self.geometry))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.dense(x) + self.second(self.first(x))
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.dense(input) + self.second(self.first(input))
         return y
 
     def _product(self, kernels: list[Tensor]) -> Tensor:

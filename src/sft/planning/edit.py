@@ -85,9 +85,10 @@ def check_option(
 
 
 def default_full_rank(scheme: str, layer: Layer) -> tuple[int, ...]:
-    """The exact rank of a channel scheme on a layer of one group; empty where it is not known."""
-    grouped = layer.geometry is not None and layer.geometry.groups > 1
-    return _sides(FULL_RANKS[scheme](layer)) if scheme in FULL_RANKS and not grouped else ()
+    """The exact rank of a channel scheme; empty for a grouped or transposed layer."""
+    geometry = layer.geometry
+    plain = geometry is None or (geometry.groups == 1 and not geometry.transposed)
+    return _sides(FULL_RANKS[scheme](layer)) if scheme in FULL_RANKS and plain else ()
 
 
 def _sides(rank: int | tuple[int, ...]) -> tuple[int, ...]:

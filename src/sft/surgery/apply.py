@@ -21,8 +21,9 @@ from sft.surgery.modules import (
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Split the layers that the plan splits; weights stay float here.
 
-    Batch norm is folded first, and a recurrent module of which a weight is split is opened into
-    linear maps (`layers.open_recurrent`). Returns a new model in eval mode; `model` is untouched.
+    Batch norm is folded first, and a recurrent module of which a weight is split or planned in
+    integers is opened into linear maps (`layers.open_recurrent`). Returns a new model in eval mode;
+    `model` is untouched.
     Every row is checked before anything is built; an `InputError` names the layer and its shape.
     """
     if not plan.input_shape:
@@ -35,8 +36,9 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         layer = get_module(small, name)
         statistics = (plan.statistics or {}).get(name)
         replace_module(small, name, factorize(layer, option.scheme, option.rank, statistics))
+    changed = [row.name for row in plan.rows if row.option.scheme != KEEP]
     for name, module in closed.items():
-        if not any(split_name.startswith(f"{name}.") for split_name in split):
+        if not any(each.startswith(f"{name}.") for each in changed):
             replace_module(small, name, module)
     return small
 

@@ -89,10 +89,12 @@ def fold_batch_norm(model: nn.Module, example: torch.Tensor) -> nn.Module:
     """A copy of the model (eval mode) in which each batch norm is part of its convolution.
 
     Only a batch norm that reads nothing but one convolution's output is folded; the outputs stay
-    the same up to rounding. The norm's place is taken by `nn.Identity`.
+    the same up to rounding. The norm's place is taken by `nn.Identity`. In the copy, transformer
+    layers call their linear layers, so that these may be replaced.
     """
     _check_precision(model, example)
     folded = copy_module(model)
+    _call_every_layer(folded)
     for conv_name, norm_name in _conv_norm_pairs(capture(folded, example)):
         conv, norm = get_module(folded, conv_name), get_module(folded, norm_name)
         if not isinstance(conv, CONVOLUTIONS) or not isinstance(norm, NORMS):
@@ -112,6 +114,15 @@ def fold_batch_norm(model: nn.Module, example: torch.Tensor) -> nn.Module:
         conv.weight, conv.bias = weight, bias.requires_grad_(trained.requires_grad)
         replace_module(folded, norm_name, nn.Identity())
     return folded
+
+
+def _call_every_layer(model: nn.Module) -> None:
+    """Turn off the fused kernels of `torch.nn`, which read the weights of layers by name."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # 0: no activation that the kernel knows
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _conv_norm_pairs(graph: GraphModule) -> list[tuple[str, str]]:

@@ -74,7 +74,9 @@ def reconstruct(
         raise InputError(f"At least 1 pass over the data is needed; {passes} were asked for.")
     fitted = copy_module(small)
     example = first_batch(loader, seed)[:1].to(device_of(fitted))
-    original, _ = open_all_recurrent(fold_batch_norm(teacher, example))
+    original, _ = open_all_recurrent(
+        fold_batch_norm(copy_module(teacher).to(example.device), example)
+    )
     before = distance(fitted, original, loader, seed)
     refined = refine_factors(fitted, original, loader, seed) if refine else 0
     names = _in_order(fitted, original, example, dense)
@@ -179,8 +181,8 @@ def _gather(
         return hook
 
     def add(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            fits[name].add(args[0], wanted[name].pop(0))
+        def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            fits[name].add(args[0] if args else named["input"], wanted[name].pop(0))
             if name == list(fits)[-1]:
                 raise _ReachedError
 
@@ -190,7 +192,8 @@ def _gather(
         for name, fit in fits.items():
             watched = original.get_submodule(name).register_forward_hook(keep(name))
             hooks.callback(watched.remove)
-            hooks.callback(fit.last.register_forward_pre_hook(add(name)).remove)
+            reading = fit.last.register_forward_pre_hook(add(name), with_kwargs=True)
+            hooks.callback(reading.remove)
         for x in batches(loader, device_of(fitted), held_out=False, seed=seed):
             wanted.update((name, []) for name in fits)
             for network in (original, fitted):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from sft.core.data import Loader
 from sft.core.errors import InputError
-from sft.core.kernels import KINDS
+from sft.core.kernels import KINDS, geometry_of
 from sft.core.progress import track
 from sft.decompositions import decompositions, factorize
 from sft.layers.factorized import FactorizedSFT
+from sft.profiling.profile import trusted
 from sft.profiling.statistics import gather_statistics
 from sft.surgery.modules import get_module, replace_module
 from sft.training.held_out import batches
@@ -36,20 +37,24 @@ def refine_factors(fitted: nn.Module, original: nn.Module, loader: Loader, seed:
     """Refine, in `fitted` itself, every split layer that alternating least squares can improve.
 
     original : with the dense layers under the same names, batch norm folded. loader : calibration
-    inputs. Returns how many layers were refined.
+    inputs. A layer that sees too few positions of them stays as it is. Returns how many layers
+    were refined. The factors are made anew from the original's weights.
     """
     names = refinable(fitted, original)
+    refined = 0
     for group in track(_groups(original, names), "groups of layers refined", len(names)):
         device = next(original.parameters()).device
         data = Fitting(loader, device, seed)
         found, _ = gather_statistics(original, group, data, patch_covariances=group, seed=seed)
-        for name in group:
+        known = trusted(found)
+        refined += len(known)
+        for name in known:
             split = get_module(fitted, name)
             assert isinstance(split, FactorizedSFT)
             dense = get_module(original, name)
-            better = factorize(dense, split.scheme, split.rank, found[name], refine=True)
+            better = factorize(dense, split.scheme, split.rank, known[name], refine=True)
             replace_module(fitted, name, better.train(split.training))
-    return len(names)
+    return refined
 
 
 def refinable(fitted: nn.Module, original: nn.Module) -> list[str]:
@@ -77,9 +82,8 @@ def _groups(original: nn.Module, names: list[str]) -> list[list[str]]:
     groups: list[list[str]] = []
     held = 0
     for name in names:
-        weight = get_module(original, name).weight
-        assert isinstance(weight, Tensor)
-        numbers = weight[0].numel() ** 2
+        whole = geometry_of(get_module(original, name))
+        numbers = whole.groups * (whole.inputs // whole.groups * whole.taps) ** 2
         if not groups or held + numbers > AT_A_TIME:
             groups.append([])
             held = 0
