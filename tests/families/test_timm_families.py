@@ -3,8 +3,8 @@
 `families.json` names the smallest network of each family (`find_families.py` made it). Its weights
 are random. Of each network
 
-* every dense layer of `torch.nn` is split, with a quarter of its full rank, by one scheme after
-  the other; what computes its weight in a way of its own is refused with a reason;
+* every dense layer of `torch.nn` is split, with a quarter of its full rank, by all the schemes in
+  turn; what computes its weight in a way of its own is refused with a reason;
 * the forward pass keeps shape and dtype, and the image still decides the result;
 * the state dict, through a safetensors file, makes an equal split network bit-equal;
 * `torch.export.export` and `torch.compile(fullgraph=True)` take the split network, as they take
@@ -122,15 +122,16 @@ def estimate_norms(model: nn.Module, row: dict[str, Any]) -> None:
 
 
 def choose_splits(model: nn.Module) -> tuple[Split, dict[str, str]]:
-    """How each layer is split, and why the others are not.
+    """How each layer is split, and why the others are not: by the scheme that was used least so far.
 
     Every layer that a look at its class and groups says can be split must be.
     """
     names, plan, refused = list(decompositions), {}, {}
     for name, layer in weighted_layers(model):
-        turn = len(plan) % len(names)
-        reasons = {s: decompositions[s].unsupported(layer) for s in names[turn:] + names[:turn]}
-        scheme = next((s for s, reason in reasons.items() if reason is None), None)
+        reasons = {s: decompositions[s].unsupported(layer) for s in names}
+        used = Counter(scheme for scheme, _ in plan.values())
+        possible = [s for s, reason in reasons.items() if reason is None]
+        scheme = min(possible, key=lambda s: used[s], default=None)
         groups = getattr(layer, "groups", 1)
         standard = type(layer) in DENSE and not 1 < groups == layer.in_channels
         assert (scheme is not None) == standard, f"{name}: {layer}: {reasons}"
