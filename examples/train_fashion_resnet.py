@@ -32,11 +32,16 @@ SAVE_SECONDS = 60.0
 
 
 def main() -> None:
-    options = _parse()
-    torch.set_num_threads(options.threads)
+    options = parse("fashion-resnet", epochs=22, low_resolution_epochs=9)
     torch.manual_seed(options.seed)
+    train(FashionResNet(), options)
+
+
+def train(net: nn.Module, options: argparse.Namespace) -> None:
+    """Train, and write the weights in half precision into `options.out`."""
+    torch.set_num_threads(options.threads)
     images, labels = _tensors("train")
-    net = FashionResNet().to(options.device, memory_format=torch.channels_last)
+    net = net.to(options.device, memory_format=torch.channels_last)
     optimizer = _optimizer(net)
     steps = len(images) // BATCH
     total = options.epochs * steps
@@ -65,20 +70,22 @@ def main() -> None:
             print(f"epoch {epoch} done, validation accuracy {score:.4f}", flush=True)
     state_dict = {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
     weights = {k: v.half() if v.is_floating_point() else v for k, v in state_dict.items()}
-    save_file(weights, options.out / "fashion-resnet.safetensors")
+    save_file(weights, options.out / f"{options.name}.safetensors")
     net.load_state_dict({k: v.float() for k, v in weights.items()})
     score = _accuracy(net, *_tensors("test"), device=options.device)
     print(f"test accuracy of the stored half-precision weights {score:.4f}")
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/fashion-resnet"))
-    parser.add_argument("--epochs", type=int, default=22)
-    parser.add_argument("--low-resolution-epochs", type=int, default=9)
+def parse(name: str, epochs: int, low_resolution_epochs: int) -> argparse.Namespace:
+    """The options of the command line; `name` is that of the network and of its file."""
+    parser = argparse.ArgumentParser(description=f"Train {name} on Fashion-MNIST; resumable.")
+    parser.add_argument("--out", type=Path, default=Path("build") / name)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--low-resolution-epochs", type=int, default=low_resolution_epochs)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(name=name)
     return parser.parse_args()
 
 

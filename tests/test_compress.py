@@ -31,7 +31,10 @@ def test_what_is_delivered(result, net, data, tmp_path) -> None:
     stored = json.loads((out / "result.json").read_text())
     assert stored == result.data
     assert set(stored["before"]) == SIDE
-    assert set(stored["after"]) == SIDE | {"weight_bits_mean", "compute_bits"}
+    assert set(stored["after"]) == SIDE | {
+        "weight_bits_mean", "storage_bits_mean", "compute_bits",
+    }  # fmt: skip
+    assert stored["after"]["storage_bits_mean"] == stored["after"]["compute_bits"] == 8
     assert stored["budget"]["met"] is True
     assert stored["check"]["passed"] is True
     assert stored["split"] == "test"

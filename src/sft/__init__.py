@@ -34,7 +34,7 @@ _HOMES = {
     "load_model": "sft.models.load",
     "plan": "sft.planning.allocate",
     "profile": "sft.profiling.profile",
-    "quantize": "sft.surgery.quantize",
+    "quantize": "sft.calibration.quantize",
     "reconstruct": "sft.training.reconstruct",
     "report": "sft.reporting.html",
     "top1": "sft.core.data",
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sft import decompositions as decompositions
     from sft import layers as layers
     from sft import quantizers as quantizers
+    from sft.calibration.quantize import quantize as quantize
     from sft.core.budget import Budget as Budget
     from sft.core.data import Batches as Batches
     from sft.core.data import Data as Data
@@ -73,7 +74,6 @@ if TYPE_CHECKING:
     from sft.reporting.html import report as report
     from sft.runtimes.runner import benchmark as benchmark
     from sft.surgery.apply import apply as apply
-    from sft.surgery.quantize import quantize as quantize
     from sft.training.finetune import finetune as finetune
     from sft.training.reconstruct import reconstruct as reconstruct
     from sft.verification.parity import verify as verify

@@ -14,6 +14,7 @@ from torch import nn
 
 from sft import __version__
 from sft.accuracy_floor import Trial
+from sft.calibration.quantize import quantize
 from sft.core.budget import Budget
 from sft.core.data import Data, Evaluate, Loader, fingerprint_data
 from sft.core.errors import InputError
@@ -28,7 +29,7 @@ from sft.reporting.html import report
 from sft.runtimes.runner import benchmark_interleaved
 from sft.surgery.apply import apply
 from sft.surgery.modules import fold_batch_norm
-from sft.surgery.quantize import QuantizedModel, quantize
+from sft.surgery.quantize import QuantizedModel
 from sft.training.finetune import finetune
 from sft.verification.parity import agreement_with, verify
 from sft.workspace import Workspace

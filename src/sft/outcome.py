@@ -8,6 +8,7 @@ from sft.core.budget import Budget
 from sft.core.data import Evaluate, Loader
 from sft.core.errors import InputError
 from sft.core.records import Artifact, Check, Plan, Profile, Timing
+from sft.exporters import mean_bits, storage_of
 from sft.runtimes.runner import Runner, predict_with
 from sft.runtimes.targets import find_target, machine
 
@@ -50,6 +51,7 @@ def describe(
     )
     bits = [(r.option.weight_bits or 32, r.cost.params) for r in plan.rows]
     after["weight_bits_mean"] = sum(b * n for b, n in bits) / max(sum(n for _, n in bits), 1)
+    after["storage_bits_mean"] = mean_bits(storage_of(files[1]))
     after["compute_bits"] = 8 if check.integer_macs_fraction > 0.99 else 32
     missed = _missed(budget, before, after, validation_scores)
     return {

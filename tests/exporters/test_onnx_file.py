@@ -7,6 +7,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from sft.calibration.quantize import quantize
 from sft.core.budget import Budget
 from sft.core.errors import InputError
 from sft.core.records import Option
@@ -15,7 +16,6 @@ from sft.planning.allocate import plan as make_plan
 from sft.profiling.profile import profile
 from sft.runtimes.targets import find_target
 from sft.surgery.apply import apply
-from sft.surgery.quantize import quantize
 from sft.verification.placement import integer_fraction, place
 
 TARGET = "onnxruntime-avx2"

@@ -122,7 +122,7 @@ def estimate_norms(model: nn.Module, row: dict[str, Any]) -> None:
 
 
 def choose_splits(model: nn.Module) -> tuple[Split, dict[str, str]]:
-    """How each layer is split, and why the others are not: by the scheme that was used least so far.
+    """How each layer is split, and why the others are not: by the scheme used least so far.
 
     Every layer that a look at its class and groups says can be split must be.
     """

@@ -162,7 +162,11 @@ def test_tables_show_the_numbers(result: dict[str, Any]) -> None:
     page = Page(render(result))
     assert page.row("file size")[:3] == ["file size", "2.79 MB", "310 KB"]
     assert page.row("latency, p90")[1:3] == ["1.70 ms", "0.520 ms"]
-    assert page.row("weight bits, mean")[1:] == [MISSING, "7.5", MISSING]
+    assert page.row("weight bits planned, mean")[1:] == [MISSING, "7.5", MISSING]
+    result["after"]["storage_bits_mean"] = 7.8
+    stored = Page(render(result))
+    assert stored.row("weight bits in the file, mean")[1:] == [MISSING, "7.8", MISSING]
+    assert "7.8 bits in the file and are multiplied as 8-bit" in render(result)
     assert page.row("size")[1:] == ["10.00%", "file 11.11%, packed 8.90%"]
     assert page.row("macs")[1:] == ["30.00%", "26.46%"]
     assert page.row("max_drop")[1:] == ["0.005", "0.0029"]

@@ -91,6 +91,18 @@ def test_summary_tells_budget_check_and_integers(result: dict[str, Any]) -> None
     assert _line(text, "integer MACs") == "integer MACs: 98.76%"
 
 
+@pytest.mark.parametrize(
+    ("stored", "computed", "told"), [(4.0, 8, True), (8.0, 8, False), (16.0, 32, False)]
+)
+def test_few_stored_bits_are_called_a_saving_of_storage(
+    result: dict[str, Any], stored: float, computed: int, told: bool
+) -> None:
+    result["after"] |= {"storage_bits_mean": stored, "compute_bits": computed}
+    sentence = "Weights take 4 bits in the file and are multiplied as 8-bit numbers"
+    assert (sentence in summary(result)) == told
+    assert ("save storage" in summary(result)) == told
+
+
 def test_summary_does_not_hide_failure(result: dict[str, Any]) -> None:
     result["budget"]["met"] = False
     result["check"] |= {"passed": False, "failures": ["Agreement is 0.10."]}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sft.calibration.quantize import quantize
 from sft.core.budget import Budget
 from sft.core.data import Batches, Data
 from sft.core.errors import InputError
@@ -14,7 +15,6 @@ from sft.planning.allocate import plan as make_plan
 from sft.profiling.profile import profile
 from sft.surgery.apply import apply
 from sft.surgery.modules import fold_batch_norm, replace_module
-from sft.surgery.quantize import quantize
 
 CHANNELS, STEPS = 6, 9
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from sft.calibration.quantize import quantize
 from sft.core.budget import Budget
 from sft.core.errors import InputError
 from sft.core.records import Option
@@ -12,7 +13,6 @@ from sft.planning.allocate import plan as make_plan
 from sft.profiling.profile import profile
 from sft.runtimes.targets import find_target, list_targets
 from sft.surgery.apply import apply
-from sft.surgery.quantize import quantize
 from sft.training.finetune import finetune
 
 TARGET = find_target("onnxruntime-avx2")
@@ -42,7 +42,8 @@ def test_integers_are_within_the_layout_and_use_it(net, data, plan) -> None:
         assert int(integers.max()) <= TARGET.layout.weight_max
         assert int(integers.min()) >= TARGET.layout.weight_min
         top = integers.flatten(1).abs().amax(1)
-        assert bool((top == TARGET.layout.weight_max).all())
+        assert int(top.min()) > TARGET.layout.pair_sum // 2 - 2  # a pair of equals still fits
+        assert int(top.max()) == TARGET.layout.weight_max
 
 
 @pytest.mark.parametrize("target", list_targets(), ids=lambda t: t.name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from sft.calibration.quantize import quantize
 from sft.core.budget import Budget
 from sft.core.data import top1
 from sft.core.errors import InputError, VerificationError
@@ -17,7 +18,6 @@ from sft.planning.allocate import plan as make_plan
 from sft.profiling.profile import profile
 from sft.runtimes.targets import find_target
 from sft.surgery.apply import apply
-from sft.surgery.quantize import quantize
 from sft.verification.parity import agreement_with, verify
 
 TARGET = "onnxruntime-avx2"

@@ -26,6 +26,7 @@ _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 KEEP = "keep"
 DENSE = "dense"
+STORED = "stored"
 
 
 class Record:
@@ -123,8 +124,9 @@ class Inspection(Record):
 class Option(Record):
     """What may become of one layer.
 
-    `scheme` is "keep" (float, as it is), "dense" (the kernel whole, in integers) or the name of a
-    decomposition; `weight_bits` is None for float weights.
+    `scheme` is "keep" (float, as it is), "dense" (the kernel whole, in integers), "stored" (the
+    kernel whole, stored in few bits and multiplied in float) or the name of a decomposition;
+    `weight_bits` is None for float weights.
     """
 
     scheme: str
@@ -136,8 +138,10 @@ class Option(Record):
             raise ValueError(f"weight_bits is {self.weight_bits}; it must be 2 to 8, or null")
         if any(r < 1 for r in self.rank):
             raise ValueError(f"rank is {self.rank}; each must be at least 1")
-        if (self.scheme in (KEEP, DENSE)) != (not self.rank):
+        if (self.scheme in (KEEP, DENSE, STORED)) != (not self.rank):
             raise ValueError(f"scheme '{self.scheme}' with rank {self.rank} does not fit together")
+        if self.scheme == STORED and self.weight_bits is None:
+            raise ValueError("scheme 'stored' needs weight_bits, 2 to 8")
         if self.scheme == KEEP and self.weight_bits is not None:
             object.__setattr__(self, "weight_bits", None)
 
@@ -264,8 +268,9 @@ class Plan(Record):
 class Layout(Record):
     """How a target stores and multiplies integers.
 
-    Activations are affine per tensor, weights symmetric per output channel. The weights' range is
-    narrower than their storage where the kernel's 16-bit sums would saturate otherwise.
+    Activations are affine per tensor, weights symmetric per output channel. Where the kernel adds
+    two neighbouring products in 16 bits, `pair_sum` is the most that two weights of one sign may
+    reach together without saturating (see `quantizers.grid`).
     """
 
     activation_dtype: str
@@ -273,6 +278,7 @@ class Layout(Record):
     activation_max: int
     weight_min: int
     weight_max: int
+    pair_sum: int | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)

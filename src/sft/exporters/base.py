@@ -6,14 +6,16 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from sft.calibration.quantize import quantize
 from sft.core.copies import copy_module
 from sft.core.data import Loader
 from sft.core.errors import InputError
 from sft.core.files import sha256
 from sft.core.records import Artifact, Plan, Target
 from sft.core.registry import Registry
+from sft.exporters.storage import Storage
 from sft.runtimes.targets import find_target
-from sft.surgery.quantize import QuantizedModel, quantize
+from sft.surgery.quantize import QuantizedModel
 
 
 class Exporter(Protocol):
@@ -23,6 +25,10 @@ class Exporter(Protocol):
 
     def write(self, network: nn.Module, example: torch.Tensor, path: Path) -> None:
         """Write the whole file or nothing. example : ``(1, ...)``, the shape of every run."""
+
+    def storage(self, path: Path) -> dict[str, Storage]:
+        """Every weight of a file that `write` wrote, with the bits it is stored in."""
+        ...
 
 
 exporters: Registry[Exporter] = Registry("exporter")
@@ -65,6 +71,16 @@ def export(
         input_shape=tuple(sample.shape[1:]),
         integers=integers,
     )
+
+
+def storage_of(artifact: Artifact) -> dict[str, Storage]:
+    """How an exported file stores each weight, by name: shape, bits a number, bytes.
+
+    The bits in the file are what storage costs; the runtime may multiply wider integers (`place`
+    tells which). Raises `InputError` if the file is missing or damaged.
+    """
+    runtime = find_target(artifact.target).runtime
+    return exporters[runtime].storage(Path(artifact.path))
 
 
 def _final_network(

@@ -14,46 +14,72 @@ from torch import nn
 
 from sft.core.errors import InputError
 from sft.core.files import write_bytes
+from sft.exporters.clips import drop_redundant_clips
+from sft.exporters.few_bits import raise_opset, store_few_bits
+from sft.exporters.slimming import drop_default_attributes, shorten_names, strip_metadata
+from sft.exporters.storage import Storage, read_onnx
+from sft.exporters.wiring import drop_unread_constants
 
 OPSET = 21
 
 
 class OnnxRuntimeExporter:
-    """`torch.onnx.export(dynamo=True)`, then metadata stripped and global means made poolings."""
+    """`torch.onnx.export(dynamo=True)`, then the graph made small, and fit for integer kernels.
+
+    Weights of few bits are packed (see `few_bits`), which needs ONNX Runtime 1.23 to run, and 1.24
+    for 2 bits.
+    """
 
     runtime = "onnxruntime"
 
     def write(self, network: nn.Module, example: torch.Tensor, path: Path) -> None:
-        with _silence():
-            try:
-                program = torch.onnx.export(
-                    network, (example,), dynamo=True, verbose=False, opset_version=OPSET
-                )
-            except Exception as error:
-                raise InputError(
-                    f"The network cannot be written as ONNX: {str(error).splitlines()[0]}"
-                ) from error
-        assert program is not None
-        proto = onnx.ModelProto.FromString(program.model_proto.SerializeToString())
+        """Write the whole file or nothing. example : ``(1, ...)``, the shape of every run.
+
+        Raises `InputError` with the cause if the network cannot be written as ONNX.
+        """
+        proto = _convert(network, example)
         use_global_pooling(proto.graph)
+        drop_redundant_clips(proto.graph)
+        raise_opset(proto)
         strip_metadata(proto)
+        drop_default_attributes(proto)
+        shorten_names(proto.graph, kept=_own_names(network))
+        store_few_bits(proto)
         write_bytes(path, proto.SerializeToString(deterministic=True))
 
+    def storage(self, path: Path) -> dict[str, Storage]:
+        """Every weight of a file that `write` wrote, with the bits it is stored in."""
+        return read_onnx(path)
 
-def strip_metadata(proto: onnx.ModelProto) -> None:
-    """Drop what no runtime reads: the exporter's notes dominate small files."""
-    graph = proto.graph
-    proto.doc_string = graph.doc_string = ""
-    del proto.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
-    for node in graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    for value in [*graph.input, *graph.output]:
-        value.doc_string = ""
-        del value.metadata_props[:]
-    for tensor in graph.initializer:
-        tensor.doc_string = ""
-        del tensor.metadata_props[:]
+
+def _convert(network: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
+    with _silence():
+        try:
+            program = torch.onnx.export(
+                network, (example,), dynamo=True, verbose=False, opset_version=OPSET
+            )
+        except Exception as error:
+            raise InputError(
+                f"The network cannot be written as ONNX: {_cause(error)} Change that operation, "
+                f"or leave it out of the network that is exported."
+            ) from error
+    assert program is not None
+    proto = onnx.ModelProto()
+    proto.ParseFromString(program.model_proto.SerializeToString())
+    return proto
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost error; those around it only say which step failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."
+
+
+def _own_names(network: nn.Module) -> set[str]:
+    """Names of parameters and buffers, without those that the conversion made up."""
+    return {name for name in network.state_dict() if not name.startswith("_")}
 
 
 def use_global_pooling(graph: onnx.GraphProto) -> None:
@@ -68,9 +94,7 @@ def use_global_pooling(graph: onnx.GraphProto) -> None:
         ):
             node.op_type = "GlobalAveragePool"
             del node.input[1:], node.attribute[:]
-    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-    for tensor in [t for t in graph.initializer if t.name not in used]:
-        graph.initializer.remove(tensor)
+    drop_unread_constants(graph)
 
 
 def _is_image_mean(node: NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:

@@ -1,7 +1,8 @@
 """`model.safetensors`: the integers packed bit by bit, and the way back to a module.
 
 The file holds, for each rounded weight, its integers in as few bits as their range needs and one
-scale a channel; every other tensor in float32; the activation ranges; and, as metadata, the plan.
+scale a channel; every other tensor in float32; scale and zero point of each activation; and, as
+metadata, the plan.
 """
 
 import json
@@ -18,7 +19,7 @@ from sft.core.errors import InputError
 from sft.core.files import check_manifest, write_bytes
 from sft.core.records import FORMAT, Plan
 from sft.models.load import load_model
-from sft.quantizers.fake import ActivationFakeQuantize, WeightPerChannelFakeQuantize
+from sft.quantizers.fake import ActivationFakeQuantize, Mode, WeightFakeQuantize
 from sft.runtimes.targets import find_target
 from sft.surgery.apply import apply
 from sft.surgery.quantize import QuantizedModel, prepare
@@ -46,7 +47,7 @@ def save_packed(model: QuantizedModel, path: Path) -> int:
     layout: dict[str, dict[str, object]] = {}
     rounded = model.weights()
     for name, (weight, rounding) in rounded.items():
-        bits = (2 * rounding.quant_max).bit_length()
+        bits = rounding.bits
         integers = rounding.integers(weight.detach()).cpu().numpy()
         tensors[f"packed:{name}"] = torch.from_numpy(pack_bits(integers, bits))
         tensors[f"scale:{name}"] = rounding.scale.detach().cpu().contiguous()
@@ -56,8 +57,9 @@ def save_packed(model: QuantizedModel, path: Path) -> int:
         if name not in rounded and name.rpartition(".")[0] not in roundings:
             tensors[f"float:{name}"] = value.detach().cpu().contiguous()
     for name, activation in model.activations().items():
-        limits = torch.stack([activation.low, activation.high])
-        tensors[f"range:{name}"] = limits.detach().cpu()
+        scale, zero_point = activation.calculate_qparams()
+        tensors[f"step:{name}"] = scale.detach().cpu().clone()
+        tensors[f"zero:{name}"] = zero_point.cpu().clone()
     note = {
         "format": FORMAT,
         "target": model.target.name,
@@ -91,7 +93,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
     original = load_model(plan.model) if model is None else model
     restored = prepare(apply(original, plan), plan, target)
     _fill(restored, tensors, layout, path)
-    restored.observe(False)
+    restored.set_modes(Mode.ROUND, Mode.ROUND)
     return restored
 
 
@@ -118,7 +120,8 @@ def _fill(
                 if key.startswith("float:"):
                     _tensor(model.graph_module, key[6:]).copy_(value)
             for name, activation in model.activations().items():
-                activation.low, activation.high = tensors[f"range:{name}"].unbind()
+                activation.scale = tensors[f"step:{name}"]
+                activation.zero_point = tensors[f"zero:{name}"]
     except (KeyError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"'{path}' does not fit the model ({error}). Give load() the network it was made from."
@@ -130,7 +133,7 @@ def _rounding_names(model: QuantizedModel) -> set[str]:
     return {
         name
         for name, module in model.graph_module.named_modules(remove_duplicate=False)
-        if isinstance(module, ActivationFakeQuantize | WeightPerChannelFakeQuantize)
+        if isinstance(module, ActivationFakeQuantize | WeightFakeQuantize)
     }
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from sft.core.errors import InputError
-from sft.core.records import DENSE, KEEP, Inspection, Layer, Option, Plan
+from sft.core.records import DENSE, KEEP, STORED, Inspection, Layer, Option, Plan
 
 FullRank = Callable[[Layer], int | tuple[int, ...]]
 
@@ -66,10 +66,10 @@ def check_option(
         raise InputError(
             f"{where}: {layer.refusals[scheme]}. Choose 'dense', 'keep' or another scheme."
         )
-    if scheme in (KEEP, DENSE):
+    if scheme in (KEEP, DENSE, STORED):
         return
     if scheme not in full_ranks:
-        allowed = [s for s in (KEEP, DENSE, *full_ranks) if s not in layer.refusals]
+        allowed = [s for s in (KEEP, DENSE, STORED, *full_ranks) if s not in layer.refusals]
         raise InputError(
             f"{where}: there is no scheme '{scheme}'. Choose one of {', '.join(allowed)}."
         )

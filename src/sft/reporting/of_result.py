@@ -8,6 +8,12 @@ from sft.reporting import svg, table, units
 from sft.reporting.of_records import of_check
 from sft.reporting.page import BigNumber, Picture, Section, layers_section, make_table
 
+BITS = (
+    ("weight bits planned, mean", "weight_bits_mean"),
+    ("weight bits in the file, mean", "storage_bits_mean"),
+    ("compute bits", "compute_bits"),
+)
+
 
 def of_result(result: Mapping[str, Any]) -> list[Section]:
     """Headline, before and after, picture, budget, check, layers, and how it was measured."""
@@ -27,15 +33,16 @@ def _before_and_after(result: Mapping[str, Any]) -> Section:
     """The headline strip, what came in and what came out, and the picture of the two."""
     before, after = table.part(result, "before"), table.part(result, "after")
     rows = [*table.comparison(result)]
-    for label, key in (("weight bits, mean", "weight_bits_mean"), ("compute bits", "compute_bits")):
+    for label, key in BITS:
         if key in before or key in after:
             pair = (units.general(before.get(key)), units.general(after.get(key)))
             rows.append((label, *pair, units.ratio_text(before.get(key), after.get(key))))
     headers = ("", "came in", "came out", "ratio")
     split = f" Scored on the {result['split']} split." if result.get("split") else ""
+    note = f"{split} {table.storage_note(after)}".rstrip()
     return Section(
         "Before and after",
-        f"Both measured on exported files in the same runtime.{split}",
+        f"Both measured on exported files in the same runtime.{note}",
         numbers=_headline(before, after),
         tables=(make_table("Before and after", headers, rows),),
         pictures=_size_picture(before, after, str(result.get("metric") or "score")),

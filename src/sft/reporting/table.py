@@ -71,7 +71,8 @@ def summary(result: Mapping[str, Any]) -> str:
         f"check: {check_verdict(check)}",
         f"integer MACs: {integers}",
     ]
-    return "\n".join(lines)
+    note = storage_note(part(result, "after"))
+    return "\n".join([*lines, note] if note else lines)
 
 
 def comparison(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -89,6 +90,18 @@ def comparison(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         else:
             rows.append((label, text(b), text(a), units.ratio_text(b, a)))
     return rows
+
+
+def storage_note(after: Mapping[str, Any]) -> str:
+    """A sentence where weights are stored in fewer bits than the runtime multiplies, else ""."""
+    stored = units.number(after.get("storage_bits_mean"))
+    computed = units.number(after.get("compute_bits"))
+    if stored is None or computed is None or not stored < computed < 32:
+        return ""
+    return (
+        f"Weights take {stored:.3g} bits in the file and are multiplied as {computed:.0f}-bit "
+        "numbers: fewer bits save storage, not time."
+    )
 
 
 def asked_text(name: str, value: Any) -> str:

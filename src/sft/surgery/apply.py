@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sft.core.errors import InputError
-from sft.core.records import DENSE, KEEP, Layer, Plan
+from sft.core.records import DENSE, KEEP, STORED, Layer, Plan
 from sft.decompositions import decompositions, factorize
 from sft.models.inspect import inspect
 from sft.planning.edit import check_plan
@@ -22,21 +22,23 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Split the layers that the plan splits; weights stay float here.
 
     Batch norm is folded first, and a recurrent module of which a weight is split or planned in
-    integers is opened into linear maps (`layers.open_recurrent`). Returns a new model in eval mode;
+    integers is opened into linear maps (`layers.open_recurrent`); one whose weights are all kept or
+    stored stays whole. Returns a new model in eval mode;
     `model` is untouched.
     Every row is checked before anything is built; an `InputError` names the layer and its shape.
     """
     if not plan.input_shape:
         raise InputError("The plan does not say the model's input shape. Make it with `plan`.")
     example = torch.zeros(1, *plan.input_shape, device=_device(model))
-    split = {row.name: row.option for row in plan.rows if row.option.scheme not in (KEEP, DENSE)}
+    whole = (KEEP, DENSE, STORED)
+    split = {row.name: row.option for row in plan.rows if row.option.scheme not in whole}
     _check(open_all_recurrent(model)[0], plan, example)
     small, closed = open_all_recurrent(fold_batch_norm(model, example))
     for name, option in split.items():
         layer = get_module(small, name)
         statistics = (plan.statistics or {}).get(name)
         replace_module(small, name, factorize(layer, option.scheme, option.rank, statistics))
-    changed = [row.name for row in plan.rows if row.option.scheme != KEEP]
+    changed = [row.name for row in plan.rows if row.option.scheme not in (KEEP, STORED)]
     for name, module in closed.items():
         if not any(each.startswith(f"{name}.") for each in changed):
             replace_module(small, name, module)
@@ -49,7 +51,7 @@ def _check(model: nn.Module, plan: Plan, example: torch.Tensor) -> None:
     refusals = {layer.name: layer.refusals.get("*") for layer in layers}
     for row in plan.rows:
         scheme = row.option.scheme
-        if scheme in (KEEP, DENSE):
+        if scheme in (KEEP, DENSE, STORED):
             continue
         layer = get_module(model, row.name)
         reason = refusals.get(row.name) or decompositions[scheme].unsupported(layer)

@@ -1,19 +1,19 @@
-"""From a factorised float model to integers: prepared for training, then converted for export."""
+"""A factorised float model as a graph with rounding in place: trained on, then converted."""
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from sft.core.copies import copy_module
-from sft.core.data import Loader, inputs_of
 from sft.core.errors import InputError
-from sft.core.records import Plan, Target
+from sft.core.records import STORED, Plan, Target
+from sft.layers.opened import OPENED
 from sft.quantizers.annotate import PlanQuantizer
-from sft.quantizers.fake import ActivationFakeQuantize, WeightPerChannelFakeQuantize
+from sft.quantizers.fake import ActivationFakeQuantize, Mode, WeightFakeQuantize
 from sft.quantizers.pt2e import convert_pt2e, prepare_qat_pt2e
-from sft.runtimes.targets import find_target
 from sft.surgery.modules import capture
 
 
@@ -41,23 +41,33 @@ class QuantizedModel(nn.Module):
         self.training = mode
         return self
 
-    def observe(self, enabled: bool) -> None:
-        """Let the activation ranges grow with what passes, or freeze them."""
+    def set_modes(self, activations: Mode, weights: Mode) -> None:
+        """What the roundings of all activations and of all weights do with what passes."""
         for module in self.graph_module.modules():
             if isinstance(module, ActivationFakeQuantize):
-                module.observing = enabled
+                module.mode = activations
+            elif isinstance(module, WeightFakeQuantize):
+                module.mode = weights
 
-    def weights(self) -> dict[str, tuple[nn.Parameter, WeightPerChannelFakeQuantize]]:
-        """Every rounded weight with its rounding, by parameter name."""
-        found: dict[str, tuple[nn.Parameter, WeightPerChannelFakeQuantize]] = {}
+    def rounded_nodes(self) -> Iterable[tuple[Node, Node, WeightFakeQuantize]]:
+        """Each rounded weight: its parameter's node, the rounding's node, and the rounding."""
         for node in self.graph_module.graph.nodes:
-            if node.op != "call_module":
-                continue
-            module = self.graph_module.get_submodule(str(node.target))
-            if isinstance(module, WeightPerChannelFakeQuantize):
-                name = str(node.args[0].target)
-                found[name] = (self.graph_module.get_parameter(name), module)
-        return found
+            if node.op == "call_module":
+                module = self.graph_module.get_submodule(str(node.target))
+                if isinstance(module, WeightFakeQuantize):
+                    parameter = node.args[0]
+                    assert isinstance(parameter, Node)
+                    yield parameter, node, module
+
+    def weights(self) -> dict[str, tuple[nn.Parameter, WeightFakeQuantize]]:
+        """Every rounded weight with its rounding, by parameter name."""
+        return {
+            str(parameter.target): (
+                self.graph_module.get_parameter(str(parameter.target)),
+                rounding,
+            )
+            for parameter, _, rounding in self.rounded_nodes()
+        }
 
     def activations(self) -> dict[str, ActivationFakeQuantize]:
         """Every activation's rounding, by its module name in the graph."""
@@ -69,35 +79,17 @@ class QuantizedModel(nn.Module):
 
     def convert(self) -> GraphModule:
         """The graph with integer weights and explicit quantise/dequantise steps (a copy)."""
-        graph = copy_module(self).graph_module.cpu()
+        copied = copy_module(self).cpu()
+        copied.set_modes(Mode.ROUND, Mode.ROUND)
+        graph = copied.graph_module
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph(self.example.cpu())
+            graph(copied.example)
+            for weight, rounding in copied.weights().values():
+                weight.copy_(rounding.on_grid(weight))
             converted = convert_pt2e(graph)
         assert isinstance(converted, GraphModule)
         return converted
-
-
-def quantize(
-    small: nn.Module, plan: Plan, target: Target | str, calibration: Loader
-) -> QuantizedModel:
-    """Round weights and activations as the plan and the target say; ranges from calibration data.
-
-    target : a target or its name.
-    `small` is not touched. Raises `InputError` if it cannot be captured or the data is empty.
-    """
-    found = find_target(target) if isinstance(target, str) else target
-    prepared = prepare(small, plan, found)
-    device = next(small.parameters()).device
-    batches = 0
-    with torch.no_grad():
-        for batch in calibration:
-            prepared(inputs_of(batch).to(device))
-            batches += 1
-    if batches == 0:
-        raise InputError("The calibration data is empty: activation ranges need at least a batch.")
-    prepared.observe(False)
-    return prepared
 
 
 def prepare(small: nn.Module, plan: Plan, target: Target) -> QuantizedModel:
@@ -106,17 +98,37 @@ def prepare(small: nn.Module, plan: Plan, target: Target) -> QuantizedModel:
     example = torch.zeros(1, *plan.input_shape, device=first.device, dtype=first.dtype)
     graph = capture(copy_module(small), example)
     bits = {row.name: row.option.weight_bits for row in plan.rows}
+    stored = {row.name for row in plan.rows if row.option.scheme == STORED}
+    for name in _closed_recurrent(small):
+        own = [r for r in plan.rows if r.name.startswith(f"{name}.") and r.option.scheme == STORED]
+        if own:
+            bits[name] = max(row.option.weight_bits or 0 for row in own)
+            stored.add(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prepared = prepare_qat_pt2e(graph, PlanQuantizer(target, bits))
+        prepared = prepare_qat_pt2e(graph, PlanQuantizer(target, bits, frozenset(stored)))
     assert isinstance(prepared, GraphModule)
     model = QuantizedModel(prepared, example, target, plan)
+    _check(model, plan, set(_closed_recurrent(small)))
+    return model
+
+
+def _check(model: QuantizedModel, plan: Plan, closed: set[str]) -> None:
+    """Every layer that is planned in few bits has a rounded weight."""
     rounded = set(model.weights())
     for row in plan.rows:
-        if row.option.weight_bits and not any(w.startswith(f"{row.name}.") for w in rounded):
+        inside = {name for name in closed if row.name.startswith(f"{name}.")}
+        names = inside or {row.name}
+        if row.option.weight_bits and not any(
+            weight.startswith(f"{name}.") for weight in rounded for name in names
+        ):
             raise InputError(
                 f"Layer '{row.name}' is planned in integers ({row.option}) but its weight is not a "
-                f"plain parameter of the captured graph (parametrised or computed?). Set its "
-                f'scheme to "keep".'
+                f"plain parameter of the captured graph (parametrised or computed?), or target "
+                f"'{model.target.name}' has no such layer in integers. Set its scheme to "
+                f'"keep".'
             )
-    return model
+
+
+def _closed_recurrent(small: nn.Module) -> list[str]:
+    return [name for name, module in small.named_modules() if type(module) in OPENED]

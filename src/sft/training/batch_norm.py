@@ -13,7 +13,7 @@ from sft.core.copies import copy_module
 from sft.core.data import Loader
 from sft.core.errors import InputError
 from sft.core.progress import say
-from sft.training.held_out import batches, device_of, distance, first_batch
+from sft.profiling.held_out import batches, device_of, distance, first_batch
 
 Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

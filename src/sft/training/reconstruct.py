@@ -28,10 +28,10 @@ from sft.core.progress import say, track
 from sft.layers.factorized import FactorizedSFT
 from sft.layers.interpolative import InterpolativeSFT
 from sft.layers.residual import ResidualSFT
+from sft.profiling.held_out import batches, device_of, distance, first_batch
 from sft.profiling.moments import Moments
 from sft.profiling.patches import draw, patches, picked, reads
 from sft.surgery.modules import fold_batch_norm, open_all_recurrent
-from sft.training.held_out import batches, device_of, distance, first_batch
 from sft.training.refit import refine_factors
 
 PASSES = 8

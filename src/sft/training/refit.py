@@ -15,10 +15,10 @@ from sft.core.kernels import KINDS, geometry_of
 from sft.core.progress import track
 from sft.decompositions import decompositions, factorize
 from sft.layers.factorized import FactorizedSFT
+from sft.profiling.held_out import batches
 from sft.profiling.profile import trusted
 from sft.profiling.statistics import gather_statistics
 from sft.surgery.modules import get_module, replace_module
-from sft.training.held_out import batches
 
 AT_A_TIME = 2**26  # numbers of patch covariances held at once: 512 MiB
 

@@ -1,0 +1,56 @@
+"""A few samples that stand for all: drawn from the whole loader, within a limit of memory."""
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+SAMPLES = 256
+NUMBERS = 2**28  # of activations that may be alive at a time, over all kept samples
+
+
+class Reservoir:
+    """Keeps `limit` samples, each of all that were seen with equal chance (Vitter 1985)."""
+
+    def __init__(self, limit: int, seed: int = 0) -> None:
+        self.limit, self.seen = limit, 0
+        self._kept: list[Tensor] = []
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def add(self, batch: Tensor) -> None:
+        """Offer a batch ``(N, ...)``; what is kept is copied."""
+        for sample in batch:
+            self.seen += 1
+            if len(self._kept) < self.limit:
+                self._kept.append(sample.clone())
+                continue
+            place = int(torch.randint(self.seen, (1,), generator=self._generator))
+            if place < self.limit:
+                self._kept[place] = sample.clone()
+
+    def batches(self, size: int = 32) -> list[Tensor]:
+        """The kept samples as batches of at most `size`."""
+        parts = [self._kept[i : i + size] for i in range(0, len(self._kept), size)]
+        return [torch.stack(part) for part in parts]
+
+
+def samples_that_fit(graph: GraphModule, most: int = SAMPLES, paths: int = 2) -> int:
+    """How many samples can pass a graph side by side, `paths` times, within `NUMBERS`."""
+    alive = peak = 0
+    left: dict[Node, int] = {}
+    for node in graph.graph.nodes:
+        left[node] = len(node.users)
+        alive += _numbers(node)
+        peak = max(peak, alive)
+        for source in node.all_input_nodes:
+            left[source] -= 1
+            if left[source] == 0:
+                alive -= _numbers(source)
+    return max(4, min(most, NUMBERS // max(1, paths * peak)))
+
+
+def _numbers(node: Node) -> int:
+    """Numbers of a node's value that belong to one sample (the graph was captured with two)."""
+    value = node.meta.get("val")
+    if node.op == "get_attr" or not isinstance(value, Tensor):
+        return 0
+    return int(value.shape[1:].numel()) if value.ndim else 0
