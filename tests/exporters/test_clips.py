@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from onnx import TensorProto, helper, numpy_helper
 
-from sft.exporters.clips import drop_redundant_clips
+from sft.exporters.clips import clip_integers, drop_redundant_clips
+from sft.runtimes.onnxruntime import OnnxRuntime
 
 EVERY, NONE = (
     onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -163,4 +164,39 @@ def test_a_scale_for_each_channel_keeps_the_rectifier() -> None:
         fill = np.full(1000, numpy_helper.to_array(tensor))
         tensor.CopyFrom(numpy_helper.from_array(fill, tensor.name))
     drop_redundant_clips(proto.graph)
+    assert "Relu" in operators(proto)
+
+
+@given(
+    op=st.sampled_from(["Relu", "Clip"]),
+    low=st.floats(-3, 0.5, width=32),
+    length=st.floats(0.125, 8, width=32),
+    scale=st.floats(0.003, 0.1),
+    zero=st.sampled_from([np.uint8(0), np.uint8(77), np.uint8(255), np.int8(-128), np.int8(5)]),
+)
+@settings(max_examples=60, deadline=None)
+def test_clipped_integers_are_those_of_clipped_values(op, low, length, scale, zero) -> None:
+    proto = network(op, low, low + length, scale, zero, taps=8)
+    before = run(proto, NONE)
+    clip_integers(proto.graph)
+    onnx.checker.check_model(proto)
+    assert operators(proto)[-3:] == ["QuantizeLinear", "Clip", "DequantizeLinear"]
+    assert np.array_equal(run(proto, NONE), before)
+
+
+def test_a_convolution_before_a_clip_of_integers_is_fused(tmp_path) -> None:
+    proto, path = network("Relu", None, None, 0.02, np.uint8(77), taps=64), tmp_path / "m.onnx"
+    before = run(proto, NONE)
+    clip_integers(proto.graph)
+    onnx.save(proto, path)
+    x = np.zeros((1, 64, 1, 1), np.float32)
+    assert [k.op for k in OnnxRuntime(str(path), 1).place(x, str(tmp_path))] == ["QLinearConv"]
+    assert np.array_equal(run(proto, EVERY), before)
+    assert before.min() == 0
+
+
+def test_two_roundings_or_a_visible_value_keep_the_float_rectifier() -> None:
+    proto = network("Relu", None, None, 0.05, np.uint8(9), taps=8)
+    proto.graph.node.append(helper.make_node("QuantizeLinear", ["r", "s", "zero"], ["q2"]))
+    clip_integers(proto.graph)
     assert "Relu" in operators(proto)

@@ -1,7 +1,8 @@
 """One weighted operator of a graph: its geometry, its rows, and the moments of what it reads."""
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch.fx import Node
 
 from sft.core.geometry import Geometry
 from sft.profiling.moments import Moments
-from sft.profiling.patches import draw, patches, reads
+from sft.profiling.patches import draw, patches, picked, reads
 from sft.quantizers.operators import WEIGHTED
 
 POSITIONS = 4096  # at least, where there are so many
 PER_NUMBER = 2  # positions for each number that an output reads
+STRETCH = 4096  # positions that are read and written side by side
 
 
 def geometry_of_node(node: Node, weight: Tensor) -> Geometry | None:
@@ -40,33 +42,86 @@ def geometry_of_node(node: Node, weight: Tensor) -> Geometry | None:
     )
 
 
-def moments_of(
-    geometry: Geometry, inputs: Iterable[Tensor], generator: torch.Generator, total: int
-) -> Moments:
-    """Moments ``(G, D, D)`` of what an output position reads, taps of one channel together.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What an output position reads, tap by tap: ``mean`` and ``variance`` ``(G, D)``, and
+    ``covariance`` ``(G, D, D)`` or None where only the variance was asked for.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    covariance: Tensor | None
+
+
+def observe_reading(
+    geometry: Geometry,
+    inputs: Iterable[Tensor],
+    generator: torch.Generator,
+    total: int,
+    covariance: bool,
+) -> Reading:
+    """First and second moments of what the operator's output positions read.
 
     inputs : batches as the operator gets them. total : how many samples they have in all; the
         positions that are used are drawn so that there are `POSITIONS` or `PER_NUMBER` times D.
+    covariance : whether the costly one is wanted.
     """
     depth = geometry.inputs // geometry.groups * geometry.taps
     moments: Moments | None = None
+    sums: list[Tensor] = []
+    count = 0
     for x in inputs:
-        x = x if x.is_floating_point() else x.float()
-        moments = moments or Moments(geometry.groups, depth, x.device, x.dtype)
-        limit = math.ceil(max(POSITIONS, PER_NUMBER * depth) * max(1, len(x)) / max(1, total))
-        if not geometry.axes:
-            rows = x.reshape(-1, x.shape[-1])
-            chosen = draw(len(rows), limit, generator)
-            rows = rows if chosen is None else rows[chosen.to(rows.device)]
-            moments.add([rows.T[None]], rows.mean(0).double().view(1, -1))
-            continue
-        out = geometry.output_size(tuple(x.shape[2:]))
-        tables = reads(geometry, tuple(x.shape[2:]), out, x.device)
-        chosen = draw(len(x) * math.prod(out), limit, generator)
-        for part in patches(x, tables, chosen):
-            moments.add([part], part.mean((0, 2)).double().view(geometry.groups, -1))
-    assert moments is not None
-    return moments
+        share = max(1, len(x)) / max(1, total)
+        limit = math.ceil(share * max(POSITIONS, PER_NUMBER * depth * covariance))
+        for part, _ in columns(geometry, x, limit, generator):
+            if covariance:
+                moments = moments or Moments(geometry.groups, depth, x.device, x.dtype)
+                moments.add([part], part.mean((0, 2)).double().view(geometry.groups, -1))
+                continue
+            wide = part[0].double()
+            sums.append(torch.stack([wide.sum(1), wide.square().sum(1)]))
+            count += part.shape[2]
+    if moments is not None:
+        full = in_tap_order(moments.covariance(), geometry)
+        mean = in_tap_order(moments.mean(), geometry)
+        return Reading(mean, full.diagonal(dim1=1, dim2=2), full)
+    first, second = torch.stack(sums).sum(0).view(2, geometry.groups, -1) / max(count, 1)
+    variance = (second - first.square()).clamp(min=0)
+    return Reading(in_tap_order(first, geometry), in_tap_order(variance, geometry), None)
+
+
+def columns(
+    geometry: Geometry,
+    x: Tensor,
+    limit: int,
+    generator: torch.Generator,
+    outputs: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Columns ``(1, G*D, m)`` that at most `limit` positions of a batch read, and what they give.
+
+    outputs : of the operator for `x`; their columns are ``(1, O, m)``, empty without them.
+    """
+    none = x.new_empty(0)
+    if not geometry.axes:
+        rows = x.reshape(-1, x.shape[-1])
+        chosen = draw(len(rows), limit, generator)
+        chosen = torch.arange(len(rows)) if chosen is None else chosen
+        place = chosen.to(rows.device)
+        given = none if outputs is None else outputs.reshape(-1, outputs.shape[-1])[place].T[None]
+        yield rows[place].T[None], given
+        return
+    out = geometry.output_size(tuple(x.shape[2:]))
+    tables = reads(geometry, tuple(x.shape[2:]), out, x.device)
+    total = len(x) * math.prod(out)
+    chosen = draw(total, limit, generator)
+    if outputs is None:
+        yield from ((part, none) for part in patches(x, tables, chosen))
+        return
+    chosen = torch.arange(total) if chosen is None else chosen
+    flat = outputs.flatten(2)
+    for some in torch.split(chosen, STRETCH):
+        read = torch.cat(list(patches(x, tables, some)), dim=2)
+        yield read, torch.cat(list(picked(flat, some)), dim=2)
 
 
 def kernel_rows(weight: Tensor, geometry: Geometry) -> Tensor:
@@ -85,37 +140,18 @@ def weight_of_rows(rows: Tensor, geometry: Geometry) -> Tensor:
     return tapped.transpose(1, 2).reshape(geometry.weight_shape)
 
 
-def in_tap_order(moment: Tensor, geometry: Geometry) -> Tensor:
-    """``(G, D, D)`` or ``(G, D)`` from channel by channel to tap by tap."""
+def in_tap_order(moment: Tensor, geometry: Geometry, rows_only: bool = False) -> Tensor:
+    """``(G, D, D)`` or ``(G, D)`` from channel by channel to tap by tap.
+
+    rows_only : the last axis counts something else and stays.
+    """
     inputs = geometry.inputs // geometry.groups
     order = torch.arange(inputs * geometry.taps, device=moment.device)
     order = order.view(inputs, geometry.taps).T.flatten()
-    return moment[:, order] if moment.ndim == 2 else moment[:, order][:, :, order]
-
-
-def channel_means(outputs: Iterable[Tensor], axis: int) -> Tensor:
-    """``(C,)`` mean of each channel over batches, in float64."""
-    total: Tensor | None = None
-    count = 0
-    for y in outputs:
-        rows = y.movedim(axis, 0).flatten(1)
-        part = rows.double().sum(1)
-        total = part if total is None else total + part
-        count += rows.shape[1]
-    assert total is not None
-    return total / max(count, 1)
+    found = moment[:, order]
+    return found if moment.ndim == 2 or rows_only else found[:, :, order]
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...]:
     several = tuple(value) if isinstance(value, list | tuple) else (value,)
     return tuple(int(v) for v in several) * (axes if len(several) == 1 else 1)
-
-
-__all__ = [
-    "channel_means",
-    "geometry_of_node",
-    "in_tap_order",
-    "kernel_rows",
-    "moments_of",
-    "weight_of_rows",
-]

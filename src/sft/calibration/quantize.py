@@ -1,17 +1,25 @@
 """The verb `quantize`: a float network and unlabelled data in, a network in integers out."""
 
+import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sft.calibration.blocks import reconstruct_blocks
+from sft.calibration.equalize import equalize as equalize_channels
+from sft.calibration.factors import orthonormalize
 from sft.calibration.rounding import How, round_weights
 from sft.calibration.samples import Reservoir, samples_that_fit
+from sft.calibration.sensitivity import find_sensitive, keep_in_float
 from sft.core.data import Loader
-from sft.core.errors import InputError
+from sft.core.distributed import broadcast_, gather_tensors
+from sft.core.progress import say
+from sft.core.randomness import forked_rng
 from sft.core.records import Plan, Target
 from sft.profiling.held_out import batches, device_of
 from sft.quantizers.fake import Mode
+from sft.quantizers.histogram import Histogram
 from sft.quantizers.ranges import ranges as known_ranges
 from sft.runtimes.targets import find_target
 from sft.surgery.quantize import QuantizedModel, prepare
@@ -28,9 +36,13 @@ def quantize(
     rounding: str | None = None,
     weight_ranges: str = "mse",
     correct_bias: bool = True,
+    refit_factors: bool = True,
+    equalize: bool = False,
+    spare_sensitive: bool = True,
+    reconstruct: int = 0,
     seed: int = 0,
 ) -> QuantizedModel:
-    """Round weights and activations as the plan and the target say, without labels or training.
+    """Round weights and activations as the plan and the target say, without labels.
 
     First the whole data passes in float: a histogram of every activation gives its range. Then
     the weights are rounded layer by layer on a few samples that are kept (at most 256, fewer where
@@ -39,31 +51,104 @@ def quantize(
     target : a target or its name. calibration : batches of inputs, or of (inputs, targets).
     ranges : of activations, a name of `quantizers.ranges`. weight_ranges : the same for weights;
         "mse" weighs the error by the data. rounding : a name of `quantizers.roundings`; by default
-        GPTQ up to 6 bits, nearest above. correct_bias : give each bias the mean error.
+        GPTQ, but nearest in wide layers above 6 bits. correct_bias : give each bias the mean of
+        what its weights lost.
+    refit_factors : choose the gauge of split layers and solve their last factors again, behind
+        rounded ones (`calibration.factors`).
+    equalize : bring the channels between two layers to like ranges before (`calibration.equalize`).
+    spare_sensitive : leave a layer in float that integers would ruin; the result's `plan` says so.
+    reconstruct : steps of block reconstruction after it, for each block (`calibration.blocks`).
+    Where a process group of torch.distributed runs, each process gives its share of the data and
+    all end with the same network.
     `small` is not touched. Raises `InputError` if it cannot be captured or the data is empty.
     """
+    how = How(rounding, weight_ranges, correct_bias, refit_factors, seed)
     found = find_target(target) if isinstance(target, str) else target
     choose = known_ranges[ranges]
-    prepared = prepare(small, plan, found)
-    prepared.set_modes(Mode.OBSERVE, Mode.PASS)
-    kept = Reservoir(samples_that_fit(prepared.graph_module), seed)
-    for x in batches(calibration, device_of(small), None, seed):
-        prepared(x)
+    for _ in range(2):
+        with forked_rng():
+            float_form = observe(small, plan, found, calibration, equalize, refit_factors, seed)
+        model, originals = float_form.model, float_form.originals
+        set_ranges(model, choose)
+        model.set_modes(Mode.ROUND, Mode.ROUND)
+        floats = _floats(model) if reconstruct else {}
+        done = round_weights(model, float_form.inputs, how)
+        broadcast_([*model.parameters(), *model.buffers()])
+        reasons = (
+            find_sensitive(model, originals, float_form.inputs, done.plain, done.rounded)
+            if spare_sensitive
+            else {}
+        )
+        if not reasons:
+            break
+        for name, reason in reasons.items():
+            say(f"  {name}: {reason}")
+        plan = keep_in_float(plan, reasons)
+    if reconstruct:
+        reconstruct_blocks(model, float_form.inputs, floats, steps=reconstruct, seed=seed)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """A prepared network still in float, with what it showed.
+
+    originals : its weights by parameter name. inputs : the samples that were kept, in batches.
+    """
+
+    model: QuantizedModel
+    originals: dict[str, Tensor]
+    inputs: list[Tensor]
+
+
+def observe(
+    small: nn.Module,
+    plan: Plan,
+    target: Target,
+    calibration: Loader,
+    even: bool,
+    gauge: bool,
+    seed: int,
+) -> Observed:
+    """Pass all data in float: histograms of the activations, and a few samples of it.
+
+    even : equalise channels first, which takes one more pass. gauge : give last factors
+    orthonormal columns.
+    """
+    model = prepare(small, plan, target)
+    if gauge:
+        orthonormalize(model, plan)
+    device = device_of(small)
+    if even:
+        model.set_modes(Mode.PASS, Mode.PASS)
+        equalize_channels(model, lambda: batches(calibration, device, None, seed))
+    model.set_modes(Mode.OBSERVE, Mode.PASS)
+    kept = Reservoir(samples_that_fit(model.graph_module), seed)
+    for x in batches(calibration, device, None, seed):
+        model(x)
         kept.add(x)
-    if kept.seen == 0:
-        raise InputError("The calibration data is empty: activation ranges need at least a batch.")
-    set_ranges(prepared, choose)
-    prepared.set_modes(Mode.ROUND, Mode.ROUND)
-    round_weights(prepared, kept.batches(), How(rounding, weight_ranges, correct_bias, seed))
-    return prepared
+    kept.share()
+    originals = {name: weight.detach().clone() for name, (weight, _) in model.weights().items()}
+    return Observed(model, originals, kept.batches())
+
+
+def _floats(model: QuantizedModel) -> dict[str, Tensor]:
+    """A copy of every parameter, biases too, which the rounding of weights also changes."""
+    return {name: p.detach().clone() for name, p in model.graph_module.named_parameters()}
 
 
 def set_ranges(model: QuantizedModel, choose: Any) -> None:
-    """Fix the grid of every activation by its histogram, and drop the histogram."""
+    """Fix the grid of every activation by its histogram, and drop the histogram.
+
+    The histograms of several processes are merged: all get the same grids.
+    """
     for activation in model.activations().values():
         if activation.histogram is None:
             continue
-        values, counts = activation.histogram.values_and_counts()
+        merged = Histogram()
+        for state in gather_tensors(activation.histogram.state()):
+            merged.merge(Histogram.from_state(state))
+        values, counts = merged.values_and_counts()
         low, high = choose(values, counts, activation.quant_min, activation.quant_max, False)
         activation.set_range(low, high)
         activation.histogram = None

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from sft.calibration.factors import factors_of, refit
 from sft.calibration.layer import (
-    channel_means,
+    Reading,
     geometry_of_node,
-    in_tap_order,
     kernel_rows,
-    moments_of,
+    observe_reading,
     weight_of_rows,
 )
 from sft.calibration.walk import Walk, weighted_user
@@ -31,36 +31,54 @@ from sft.quantizers.rounding import roundings
 from sft.quantizers.scale import best_scale
 from sft.surgery.quantize import QuantizedModel
 
-COARSE = 6  # bits at which the better rounding is worth its time, unless one is asked for
+COARSE = 6  # bits up to which the better rounding is always worth its time
+MANY, FEW = 36, 8  # scales that are tried for each row
+NARROW = 512  # numbers that an output reads, up to which it costs hardly any
 
 
 @dataclasses.dataclass(frozen=True)
 class How:
     """How weights are rounded.
 
-    rounding : a name of `roundings`, or None for "gptq" up to 6 bits and "nearest" above, where the
-        two can hardly be told apart. scale : "mse" in the metric of the data, or a name of
-        `ranges`, of the weights alone.
+    rounding : a name of `roundings`, or None for "nearest" where that is nearly as good: above 6
+        bits, in wide layers, without saturating pairs; and "gptq" elsewhere. scale : "mse" in the
+        metric of the data, or a name of `ranges`, of the weights alone. refit :
+        solve the last factor of a split layer again before it is rounded (see `factors`).
     """
 
     rounding: str | None = None
     scale: str = "mse"
     correct_bias: bool = True
+    refit: bool = True
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """What the walk showed: by weight, the relative error that rounding everything up to its layer
+    leaves at the layer's output; and the network's (first) outputs ``(N, ...)`` on both paths.
+    """
+
+    errors: dict[str, float]
+    plain: Tensor
+    rounded: Tensor
+
+
 @torch.no_grad()
-def round_weights(model: QuantizedModel, batches: list[Tensor], how: How) -> dict[str, float]:
+def round_weights(model: QuantizedModel, batches: list[Tensor], how: How) -> Rounded:
     """Freeze the scales of all weights and put each weight on its grid, in place.
 
-    Returns, by weight, the relative error that rounding everything up to this layer leaves at its
-    output. A weight that several operators use is rounded to nearest, in no metric.
+    batches : inputs that stand for the data. A weight that several operators use is rounded in no
+    metric.
     """
-    layers = {weighted_user(node): (p, node, r) for p, node, r in model.rounded_nodes()}
-    for node, (parameter, _, rounding) in list(layers.items()):
+    found = list(model.rounded_nodes())
+    layers = {weighted_user(node): (p, node, r) for p, node, r in found}
+    for parameter, fake, rounding in found:
+        node = weighted_user(fake)
         weight = model.graph_module.get_parameter(str(parameter.target))
         if node is None or geometry_of_node(node, weight) is None:
             _round_alone(weight, rounding)
+    last = {names[-1] for names in factors_of(model, model.plan).values()} if how.refit else set()
     errors: dict[str, float] = {}
     generator = torch.Generator().manual_seed(how.seed)
     walk = Walk(model.graph_module, batches)
@@ -72,25 +90,17 @@ def round_weights(model: QuantizedModel, batches: list[Tensor], how: How) -> dic
         geometry = geometry_of_node(node, weight)
         if geometry is None:
             continue
-        _round_layer(walk, node, weight, rounding, geometry, how, generator)
+        refits = str(parameter.target) in last
+        _round_layer(walk, node, weight, rounding, geometry, how, generator, refits)
         walk.rounded[fake] = [weight]
-        errors[str(parameter.target)] = _finish(walk, node, geometry)
-    return errors
+        errors[str(parameter.target)] = _finish(walk, node)
+    return Rounded(errors, *walk.outputs())
 
 
-def round_rows(
-    rows: Tensor, moment: Tensor | None, rounding: WeightFakeQuantize, how: How
-) -> tuple[Tensor, Tensor]:
-    """Rows ``(R, D)`` in kernel order to the values of their grid, and the scales ``(R,)``."""
-    top, pairs = rounding.quant_max, rounding.pair_sum
-    if how.scale == "mse":
-        weights = None if moment is None else moment.diagonal()
-        scale = best_scale(rows, top, weights, pairs)
-    else:
-        scale = weight_scale(rows, top, how.scale)
-    grid = Grid(scale, -top, top, pairs)
-    name = how.rounding or ("gptq" if rounding.bits <= COARSE else "nearest")
-    return dequantize(roundings[name](rows, grid, moment), grid), scale
+def method_for(rounding: WeightFakeQuantize, depth: int, how: How) -> str:
+    """The name of the rounding for rows of `depth` weights."""
+    easy = rounding.bits > COARSE and depth > NARROW and rounding.pair_sum is None
+    return how.rounding or ("nearest" if easy else "gptq")
 
 
 def _round_layer(
@@ -101,31 +111,61 @@ def _round_layer(
     geometry: Geometry,
     how: How,
     generator: torch.Generator,
+    refits: bool,
 ) -> None:
     data = node.args[0]
     assert isinstance(data, Node)
-    total = sum(len(b) for b in walk.batches)
-    moments = moments_of(geometry, walk.rounded[data], generator, total)
-    moment, mean = moments.covariance(), in_tap_order(moments.mean(), geometry)
     bias = node.args[2] if len(node.args) > 2 and how.correct_bias else None
-    moment = in_tap_order(moment, geometry)
+    rows = kernel_rows(weight, geometry).clone()
+    if refits and isinstance(bias, Node):
+        rows, offset = refit(walk, node, rows, geometry, how.seed)
+        walk.rounded[bias][0].copy_(offset)
+    name = method_for(rounding, rows.shape[2], how)
+    total = sum(len(b) for b in walk.batches)
+    read = observe_reading(
+        geometry, walk.rounded[data], generator, total, covariance=name != "nearest"
+    )
     if not isinstance(bias, Node):
-        moment = moment + mean[:, :, None] * mean[:, None, :]
-    rows = kernel_rows(weight, geometry)
-    found = [round_rows(r, m, rounding, how) for r, m in zip(rows, moment, strict=True)]
-    values = torch.stack([v for v, _ in found])
+        read = _about_zero(read)
+    scales = _scales(rows, read, rounding, how)
+    top, pairs = rounding.quant_max, rounding.pair_sum
+    values = torch.empty_like(rows)
+    for group, own in enumerate(rows):
+        grid = Grid(scales[group], -top, top, pairs)
+        moment = None if read.covariance is None else read.covariance[group]
+        values[group] = dequantize(roundings[name](own, grid, moment), grid)
     weight.copy_(weight_of_rows(values, geometry))
-    rounding.freeze(torch.cat([scale for _, scale in found]).to(weight))
+    rounding.freeze(scales.flatten().to(weight))
     if isinstance(bias, Node):
-        lost = (rows - values).to(mean) @ mean[:, :, None]
+        lost = (rows - values).to(read.mean) @ read.mean[:, :, None]
         walk.rounded[bias][0].add_(lost.flatten().to(weight))
 
 
-def _finish(walk: Walk, node: Node, geometry: Geometry) -> float:
+def _scales(rows: Tensor, read: Reading, rounding: WeightFakeQuantize, how: How) -> Tensor:
+    """``(G, o)`` the scale of each row."""
+    if how.scale != "mse":
+        return torch.stack([weight_scale(own, rounding.quant_max, how.scale) for own in rows])
+    few = rounding.bits > COARSE and rounding.pair_sum is None  # clipping hardly pays there
+    return torch.stack(
+        [
+            best_scale(own, rounding.quant_max, variance, rounding.pair_sum, FEW if few else MANY)
+            for own, variance in zip(rows, read.variance, strict=True)
+        ]
+    )
+
+
+def _about_zero(read: Reading) -> Reading:
+    """The moments about zero: without a bias to take up the mean, the mean counts as well."""
+    square = read.mean[:, :, None] * read.mean[:, None, :]
+    full = None if read.covariance is None else read.covariance + square
+    return Reading(read.mean, read.variance + read.mean.square(), full)
+
+
+def _finish(walk: Walk, node: Node) -> float:
     """Run the layer on both paths; the relative error of what it gives."""
     walk.plain[node] = walk.run(node, walk.plain, rounding=False)
     walk.rounded[node] = walk.run(node, walk.rounded, rounding=True)
-    return _relative_error(walk.plain[node], walk.rounded[node], 1 if geometry.axes else -1)
+    return _relative_error(walk.plain[node], walk.rounded[node])
 
 
 def _round_alone(weight: Tensor, rounding: WeightFakeQuantize) -> None:
@@ -135,9 +175,6 @@ def _round_alone(weight: Tensor, rounding: WeightFakeQuantize) -> None:
     weight.copy_(rounding.on_grid(weight))
 
 
-def _relative_error(plain: list[Tensor], rounded: list[Tensor], axis: int) -> float:
-    mean = channel_means(plain, axis)
-    count = sum(y.numel() for y in plain) / len(mean)
-    energy = sum(float(y.double().square().sum()) for y in plain) - count * float((mean**2).sum())
-    error = sum(float((a - b).double().square().sum()) for a, b in zip(plain, rounded, strict=True))
-    return error / max(energy, 1e-30)
+def _relative_error(plain: list[Tensor], rounded: list[Tensor]) -> float:
+    error = sum(float((a - b).norm()) ** 2 for a, b in zip(plain, rounded, strict=True))
+    return error / max(sum(float(a.norm()) ** 2 for a in plain), 1e-30)

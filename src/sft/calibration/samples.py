@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from sft.core.distributed import gather_tensors, is_distributed
+from sft.core.errors import InputError
+
 SAMPLES = 256
 NUMBERS = 2**28  # of activations that may be alive at a time, over all kept samples
 
@@ -26,6 +29,21 @@ class Reservoir:
             place = int(torch.randint(self.seen, (1,), generator=self._generator))
             if place < self.limit:
                 self._kept[place] = sample.clone()
+
+    def share(self) -> None:
+        """Of several processes: keep the same samples in each, an equal part from every one.
+
+        Raises `InputError` in all of them if one has seen none.
+        """
+        if min(int(seen) for seen in gather_tensors(torch.tensor([self.seen]))) == 0:
+            raise InputError(
+                "The calibration data is empty: activation ranges need at least a batch "
+                "(in every process, where there are several)."
+            )
+        if is_distributed():
+            parts = gather_tensors(torch.stack(self._kept))
+            part = -(-self.limit // len(parts))
+            self._kept = list(torch.cat([p[:part] for p in parts])[: self.limit])
 
     def batches(self, size: int = 32) -> list[Tensor]:
         """The kept samples as batches of at most `size`."""

@@ -8,6 +8,7 @@ after its last use.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -27,7 +28,7 @@ class Walk:
         self._left = {node: len(node.users) for node in graph.graph.nodes}
 
     def __iter__(self) -> Iterator[Node]:
-        """Each node when its inputs are there; then both paths run it, unless its values are set."""
+        """Each node when its inputs are there; then both paths run it unless its values are set."""
         for node in self.graph.graph.nodes:
             if node.op == "output":
                 return
@@ -41,6 +42,12 @@ class Walk:
                 self.plain[node] = self.run(node, self.plain, rounding=False)
                 self.rounded[node] = self.run(node, self.rounded, rounding=True)
             self._drop(node)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """The network's first outputs for all batches, in float and rounded, after the walk."""
+        last = next(iter(reversed(self.graph.graph.nodes)))
+        first = next(n for n in last.all_input_nodes)
+        return torch.cat(self.plain[first]), torch.cat(self.rounded[first])
 
     def run(self, node: Node, values: Values, rounding: bool) -> list[Any]:
         """What the node gives for each batch on one path."""

@@ -14,8 +14,10 @@ from torch import nn
 
 from sft.core.errors import InputError
 from sft.core.files import write_bytes
-from sft.exporters.clips import drop_redundant_clips
+from sft.exporters.biases import round_biases
+from sft.exporters.clips import clip_integers, drop_redundant_clips
 from sft.exporters.few_bits import raise_opset, store_few_bits
+from sft.exporters.pads import keep_pads_in_integers
 from sft.exporters.slimming import drop_default_attributes, shorten_names, strip_metadata
 from sft.exporters.storage import Storage, read_onnx
 from sft.exporters.wiring import drop_unread_constants
@@ -40,6 +42,9 @@ class OnnxRuntimeExporter:
         proto = _convert(network, example)
         use_global_pooling(proto.graph)
         drop_redundant_clips(proto.graph)
+        clip_integers(proto.graph)
+        keep_pads_in_integers(proto.graph)
+        round_biases(proto.graph)
         raise_opset(proto)
         strip_metadata(proto)
         drop_default_attributes(proto)

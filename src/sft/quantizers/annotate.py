@@ -18,12 +18,14 @@ from sft.quantizers.operators import (
     CONCATENATION,
     PASSING,
     RESCALING,
+    SPLITTING,
     STORED,
     WEIGHTED,
     module_of,
     name_in,
     nearest_owner,
     pads_with_zero,
+    pieces_of,
     stands_on,
 )
 from sft.quantizers.pt2e import (
@@ -76,6 +78,7 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]
                 (BINARY, self._annotate_binary),
                 (CONCATENATION, self._annotate_concatenation),
                 (CLAMPING, self._annotate_clamping),
+                (SPLITTING, self._annotate_splitting),
                 (PASSING, self._annotate_passing),
                 (RESCALING, self._annotate_rescaling),
             ):
@@ -138,6 +141,13 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]
         inputs: Inputs = dict.fromkeys(tensors, shared)
         inputs[tensors[0]] = self.activation
         self._mark(node, inputs, shared)
+
+    def _annotate_splitting(self, node: Node) -> None:
+        source = node.args[0]
+        if isinstance(source, Node) and _is_integer(source):
+            self._mark(node, {source: self.activation}, None)
+            for piece in pieces_of(node):
+                self._mark(piece, {}, SharedQuantizationSpec((source, node)))
 
     def _annotate_clamping(self, node: Node) -> None:
         if _is_integer(node.args[0]) and _holds_zero(node):

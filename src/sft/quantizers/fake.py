@@ -16,6 +16,8 @@ from sft.quantizers.learned_step import round_with_step
 from sft.quantizers.linear import affine_parameters, symmetric_scale
 from sft.quantizers.pt2e import FakeQuantizeBase
 
+VALUES = 2**16  # of a tensor that enter a histogram at a time, at least
+
 
 class Mode(enum.Enum):
     """What a rounding does with what passes."""
@@ -74,7 +76,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode is Mode.OBSERVE:
             self.histogram = self.histogram or Histogram()
-            self.histogram.add(x.detach())
+            self.histogram.add(thinned(x.detach()))
         if self.mode is not Mode.ROUND:
             return x
         low, high = self.quant_min - int(self.zero_point), self.quant_max - int(self.zero_point)
@@ -167,6 +169,15 @@ class WeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         shape = [1] * weight.ndim
         shape[self.ch_axis] = -1
         return shape
+
+
+def thinned(x: torch.Tensor) -> torch.Tensor:
+    """Every so many values of a large tensor, and its least and greatest, for a histogram."""
+    values = x.flatten()
+    stride = values.numel() // VALUES
+    if stride < 2:
+        return values
+    return torch.cat([values[::stride], *(end.reshape(1) for end in torch.aminmax(values))])
 
 
 def in_kernel_order(weight: torch.Tensor) -> torch.Tensor:

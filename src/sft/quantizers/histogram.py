@@ -60,6 +60,21 @@ class Histogram:
         self._pour(other._counts, other._sums, other._first, shift)
         self.zeros += other.zeros
 
+    def state(self) -> Tensor:
+        """All of it as one float64 tensor ``(5 + 2 * BINS,)``, for `from_state`."""
+        head = [self.low, self.high, float(self.zeros), float(self._exponent), float(self._first)]
+        return torch.cat([self._sums.new_tensor(head), self._counts.double(), self._sums])
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> "Histogram":
+        """The histogram that gave this `state`."""
+        histogram = cls()
+        head, counts, sums = torch.split(state.double().cpu(), [5, BINS, BINS])
+        histogram.low, histogram.high = float(head[0]), float(head[1])
+        histogram.zeros, histogram._exponent, histogram._first = (int(v) for v in head[2:])
+        histogram._counts, histogram._sums = counts.long(), sums.clone()
+        return histogram
+
     def values_and_counts(self) -> tuple[Tensor, Tensor]:
         """Float64 values and counts, each ``(1, BINS + 3)``, as the `ranges` take them.
 

@@ -4,6 +4,7 @@ Each table gives the name by which a target's `operators` lists the operator. Wh
 runs in float between a dequantiser and a quantiser.
 """
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,14 @@ BINARY = {
     aten.mul_.Tensor: "mul",
 }
 CONCATENATION = {aten.cat.default: "concat", aten.concat.default: "concat"}
+# Pieces of one tensor, each taken by a `getitem`; all have its scale.
+SPLITTING = {
+    aten.chunk.default: "split",
+    aten.split.Tensor: "split",
+    aten.split_with_sizes.default: "split",
+    aten.tensor_split.sections: "split",
+    aten.unbind.int: "split",
+}
 # The output has the values of the input, so it has its scale.
 PASSING = {
     aten.flatten.using_ints: "reshape",
@@ -55,6 +64,8 @@ PASSING = {
     aten.contiguous.default: "reshape",
     aten.slice.Tensor: "reshape",
     aten.select.int: "reshape",
+    aten.pixel_shuffle.default: "reshape",
+    aten.channel_shuffle.default: "reshape",
     aten.max_pool1d.default: "max_pool",
     aten.max_pool2d.default: "max_pool",
     aten.max_pool3d.default: "max_pool",
@@ -103,6 +114,11 @@ FLOAT_FUNCTIONS = {
 def name_in(table: Mapping[Any, str], node: Node) -> str | None:
     """The name of a node's operator in one of the tables, or None."""
     return table.get(node.target)
+
+
+def pieces_of(split: Node) -> list[Node]:
+    """The nodes that take the pieces of a splitting operator."""
+    return [user for user in split.users if user.target is operator.getitem]
 
 
 def stands_on(node: Node, place: int) -> list[Node]:

@@ -57,7 +57,8 @@ class QuantizedModel(nn.Module):
                 if isinstance(module, WeightFakeQuantize):
                     parameter = node.args[0]
                     assert isinstance(parameter, Node)
-                    yield parameter, node, module
+                    if parameter.op == "get_attr":
+                        yield parameter, node, module
 
     def weights(self) -> dict[str, tuple[nn.Parameter, WeightFakeQuantize]]:
         """Every rounded weight with its rounding, by parameter name."""

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from sft.core.distributed import rank
 from sft.core.errors import InputError
 from sft.core.files import write_bytes
 from sft.core.progress import say
@@ -50,7 +52,8 @@ def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 class Checkpoint:
     """Stores weights, buffers and Adam's moments at intervals; reads them back once.
 
-    With `path=None` nothing is stored.
+    more : further tensors by name, stored with the rest and copied back into.
+    With `path=None` nothing is stored. Of several processes the first one writes, all read.
     """
 
     def __init__(
@@ -59,9 +62,10 @@ class Checkpoint:
         model: nn.Module,
         optimizer: torch.optim.Adam,
         request: str = "",
+        more: Mapping[str, torch.Tensor] | None = None,
         interval: float | None = None,
     ) -> None:
-        self.request = request
+        self.request, self.more = request, dict(more or {})
         self.path, self.model, self.optimizer = path, model, optimizer
         self.interval = SAVE_SECONDS if interval is None else interval
         self.started = self.saved = time.monotonic()
@@ -91,9 +95,10 @@ class Checkpoint:
 
     def save(self, step: int) -> None:
         """Store the state as of `step` finished steps."""
-        if self.path is None:
+        if self.path is None or rank() != 0:
             return
         tensors = {f"model:{k}": v for k, v in state_of(self.model).items()}
+        tensors |= {f"more:{k}": v for k, v in self.more.items()}
         for index, parameter in enumerate(self._parameters()):
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam:{index}:{key}"] = value
@@ -114,10 +119,12 @@ class Checkpoint:
             )
 
     def _parameters(self) -> list[torch.Tensor]:
-        return list(self.optimizer.param_groups[0]["params"])
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         restore(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model:")})
+        for key, value in self.more.items():
+            value.copy_(tensors[f"more:{key}"])
         for index, parameter in enumerate(self._parameters()):
             if f"adam:{index}:step" not in tensors:
                 continue  # a parameter that the forward does not use has no state

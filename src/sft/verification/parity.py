@@ -15,7 +15,10 @@ from sft.core.progress import track
 from sft.core.records import Artifact, Check
 from sft.runtimes.runner import Runner, predict_with
 from sft.runtimes.targets import find_target
+from sft.surgery.quantize import QuantizedModel
+from sft.verification.divergence import first_divergence
 from sft.verification.placement import integer_fraction
+from sft.verification.saturation import saturation_failures
 
 LEAST_SQNR_DB = 15.0
 LEAST_AGREEMENT = 0.95
@@ -42,7 +45,8 @@ def verify(
     simulation : the quantised network that the file was made from. `max_abs` and `sqnr_db` compare
         the file with it (without it, with `model`), and the check fails below 15 dB, or when they
         agree on fewer than 95 % of the samples: then the runtime computes something else. Without
-        it the check fails when file and original agree on less than half of the samples.
+        it the check fails when file and original agree on less than half of the samples. The
+        failure of a `QuantizedModel` names the first layer that differs.
     integer_share : the share of multiply-accumulates that is to run in integers; the check fails
         when fewer did.
     samples : compare at most so many samples (the score always uses all).
@@ -60,6 +64,9 @@ def verify(
         score = compared.agreement if evaluate is None else evaluate(predict, data)
     wanted = (0.01 if artifact.integers else 0.0) if integer_share is None else integer_share
     failures = _failures(compared, simulation is not None, wanted, fraction)
+    if _differs(compared) and isinstance(simulation, QuantizedModel):
+        failures.append(_name_layer(artifact, simulation, data))
+    failures += saturation_failures(artifact)
     if score is not None and not math.isfinite(score):
         raise InputError(
             f"evaluate returned {score} for '{artifact.path}'; a finite score is wanted."
@@ -170,6 +177,20 @@ def _failures(
             f"{integer_share:.1%}: the runtime did not fuse some layers."
         )
     return failures
+
+
+def _differs(compared: _Comparison) -> bool:
+    """Whether file and reference differ too much for rounding."""
+    return compared.sqnr_db < LEAST_SQNR_DB or compared.alike_simulation < LEAST_AGREEMENT
+
+
+def _name_layer(artifact: Artifact, simulation: QuantizedModel, loader: Loader) -> str:
+    """Which layer of the file computes something else, in words."""
+    try:
+        found = first_divergence(artifact, simulation, inputs_of(next(iter(loader))))
+    except InputError as error:
+        return f"Which layer it is cannot be told: {error}"
+    return str(found or "Each layer by itself gives what it should, to a step.")
 
 
 def _predictor(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
