@@ -11,12 +11,12 @@ from depthwise_network import load_fashion_mobilenet
 from quantization_files import (
     Found,
     Settings,
+    accuracy_of,
     as_peer,
     bits_of,
     export_file,
     fashion_images,
     quantize_dense,
-    accuracy_of,
 )
 from quantization_peers import measure_latency
 from torch import Tensor, nn

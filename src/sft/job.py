@@ -21,7 +21,7 @@ from sft.core.errors import InputError
 from sft.core.files import write_text
 from sft.core.progress import say
 from sft.core.randomness import forked_rng
-from sft.core.records import Artifact, Check, Plan, Profile, Target, Timing
+from sft.core.records import STORED, Artifact, Check, Plan, Profile, Target, Timing
 from sft.exporters import export, save_packed
 from sft.outcome import describe, score_file
 from sft.profiling.profile import fingerprint, profile, save_profile
@@ -187,7 +187,8 @@ class Job:
 
     def _verify(self, artifact: Artifact, simulation: QuantizedModel, test: Loader) -> Check:
         rows = simulation.plan.rows
-        integers = sum(r.cost.macs for r in rows if r.option.weight_bits)
+        rounded = [r for r in rows if r.option.weight_bits and r.option.scheme != STORED]
+        integers = sum(r.cost.macs for r in rounded)
         share = integers / max(sum(r.cost.macs for r in rows), 1)
         return verify(
             artifact, self.original, test, self.score_of,

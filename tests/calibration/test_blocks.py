@@ -231,19 +231,19 @@ def test_weights_end_on_their_grid(net: nn.Module, data: sft.Data, target: str, 
 def test_a_seed_decides_and_each_option_counts(data: sft.Data) -> None:
     x, net = images(data, 64), seeded(Plain)
     torch.manual_seed(1)
-    first = state(learned(net, x, steps=20)[0])
+    first = state(learned(net, x, steps=80)[0])
     torch.manual_seed(2)
-    again = state(learned(net, x, steps=20)[0])
+    again = state(learned(net, x, steps=80)[0])
     assert all(torch.equal(first[name], again[name]) for name in first)
     others: list[dict[str, float]] = [
         {"seed": 1},
-        {"steps": 40},
+        {"steps": 120},
         {"learning_rate": 0.01},
         {"step_rate": 1e-2},
         {"drop": 0.0},
     ]
     for option in others:
-        moved = state(learned(net, x, **{"steps": 20, **option})[0])
+        moved = state(learned(net, x, **{"steps": 80, **option})[0])
         assert any(not torch.equal(first[name], moved[name]) for name in first), option
 
 

@@ -36,9 +36,7 @@ def test_scales_weighed_by_the_data_beat_the_greatest_magnitude(net, data, make_
     plan = make_plan(net, data.example(), 3, VNNI)
     small, x = apply(net, plan), data.split("test")[0].inputs
     found = {
-        name: quantize(
-            small, plan, VNNI, data.calibration, rounding="nearest", weight_ranges=name
-        )
+        name: quantize(small, plan, VNNI, data.calibration, rounding="nearest", weight_ranges=name)
         for name in ("minmax", "mse")
     }
     weight = dict(small.named_parameters())["down.weight"]
@@ -77,9 +75,7 @@ def test_pairs_that_saturate_are_mended_at_little_loss(net, data, make_plan) -> 
         plan = make_plan(net, data.example(), 8, target)
         small = apply(net, plan)
         model = quantize(small, plan, target, data.calibration)
-        integers = [
-            in_kernel_order(r.integers(w.detach())) for w, r in model.weights().values()
-        ]
+        integers = [in_kernel_order(r.integers(w.detach())) for w, r in model.weights().values()]
         pairs[target] = sum(offending_pairs(q, 128) for q in integers)
         errors[target] = error(model, small, x)
     assert pairs[VNNI] > 0

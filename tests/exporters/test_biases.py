@@ -122,7 +122,7 @@ def test_the_value_keeps_the_name_of_the_bias() -> None:
         {"rounded": True},  # the runtime rounds the bias itself
         {"plain": True},  # nothing to fuse: the input is float
         {"bias": 1e9},  # the sum would leave 32 bits
-        {"scale": 1e-37},  # the unit is denormal
+        {"scale": 1e-37, "bias": 0.0},  # the unit is denormal
     ],
     ids=lambda case: next(iter(case)),
 )
@@ -135,6 +135,16 @@ def test_a_bias_stays_in_float_where_it_must(gemm, case) -> None:
     onnx.checker.check_model(proto)
     assert "fc.bias" in {t.name for t in proto.graph.initializer}
     assert len(before) == len(proto.SerializeToString(deterministic=True))
+
+
+@pytest.mark.parametrize(("room", "rounded"), [(5, False), (7, True)])
+def test_a_sum_that_may_leave_32_bits_keeps_its_bias_in_float(room: int, rounded: bool) -> None:
+    proto = network(True)  # of 6 products, each 255 * 128 at most
+    (tensor,) = [t for t in proto.graph.initializer if t.name == "fc.bias"]
+    bias = np.full(5, (2**31 - room * 255 * 128) * UNIT, np.float32)
+    tensor.CopyFrom(numpy_helper.from_array(bias, "fc.bias"))
+    round_biases(proto.graph)
+    assert bool(stored(proto)) == rounded
 
 
 def test_a_bias_of_two_layers_is_rounded_in_the_units_of_each() -> None:

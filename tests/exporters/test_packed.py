@@ -70,7 +70,10 @@ def test_another_model_and_a_damaged_file_are_refused(rounded, tmp_path) -> None
         load(path)
 
 
-def test_a_network_without_biases_and_a_layer_that_stays_float(data, tmp_path) -> None:
+@pytest.mark.parametrize(("keep", "scheme"), [(("3",), "keep"), ((), "stored")])
+def test_a_network_without_biases_and_a_layer_without_integer_kernels(
+    data, tmp_path, keep, scheme
+) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(1, 16, 3, bias=False),
@@ -81,11 +84,11 @@ def test_a_network_without_biases_and_a_layer_that_stays_float(data, tmp_path) -
         torch.nn.Flatten(),
     ).eval()
     measured = profile(model, data, TARGET)
-    plan = make_plan(measured, Budget(macs=0.8))
+    plan = make_plan(measured, Budget(macs=0.8), keep=keep)
     assert plan.option("2").rank
-    assert plan.option("3").scheme == "keep"
+    assert plan.option("3").scheme == scheme
     small = quantize(apply(model, plan), plan, TARGET, data.calibration)
-    assert "3.weight" not in small.weights()
+    assert ("3.weight" in small.weights()) == (scheme == "stored")
     assert plan.cost.params == sum(p.numel() for p in small.parameters())
     save_packed(small, tmp_path / "m.safetensors")
     x = data.test.inputs

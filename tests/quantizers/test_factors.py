@@ -47,7 +47,7 @@ def test_excess_error_is_far_below_the_balanced_split(bits: int, seed: int) -> N
     found = [
         excess(weight, q.product(), a @ b, moment)
         for q in (
-            quantize_factors(a, b, moment, bits, bits, weight=weight, rotate=rotate)
+            quantize_factors(a, b, moment, bits, bits, weight=weight, rotate=rotate, ridge=0)
             for rotate in (False, True)
         )
     ]
@@ -65,7 +65,7 @@ def test_rank_one_is_near_the_best_of_all_integers() -> None:
         along = (levels @ moment * levels).sum(1)
         gains = (weight @ moment @ levels.T).square() / along.clamp_min(1e-9)
         best += energy(weight, moment) - float(gains.sum(0).max())
-        q = quantize_factors(a, b, moment, 2, 2, weight=weight)
+        q = quantize_factors(a, b, moment, 2, 2, weight=weight, ridge=0)
         found += energy(weight - q.product(), moment)
         base += energy(weight - balanced_nearest(a, b, 2, 2).product(), moment)
     assert best - 1e-9 <= found < 1.2 * best
@@ -82,7 +82,7 @@ def test_never_worse_than_the_baseline(
     weight, full = layer(outputs, entries, data.draw(st.integers(0, 999)))
     moment = full if aware else None
     a, b = best_factors(weight, full, rank)
-    q = quantize_factors(a, b, moment, *bits, pair_sum=pair_sum)
+    q = quantize_factors(a, b, moment, *bits, pair_sum=pair_sum, ridge=0)
     base = balanced_nearest(a, b, *bits, pair_sum=pair_sum)
     assert energy(a @ b - q.product(), moment) <= energy(a @ b - base.product(), moment) + 1e-12
     shapes = [(outputs, rank), (outputs,), (rank, entries), (rank,)]
@@ -97,11 +97,14 @@ def test_never_worse_than_the_baseline(
 def test_a_given_weight_and_a_seed_change_the_result() -> None:
     weight, moment = layer(12, 20)
     a, b = best_factors(weight, moment, 5)
-    plain = quantize_factors(a, b, moment, 3, 3)
-    aware = quantize_factors(a, b, moment, 3, 3, weight=weight)
+    plain = quantize_factors(a, b, moment, 3, 3, ridge=0)
+    aware = quantize_factors(a, b, moment, 3, 3, weight=weight, ridge=0)
     assert energy(weight - aware.product(), moment) < energy(weight - plain.product(), moment)
     rotated = [
-        energy(a @ b - quantize_factors(a, b, moment, 3, 3, rotate=True, seed=s).product(), moment)
+        energy(
+            a @ b - quantize_factors(a, b, moment, 3, 3, rotate=True, seed=s, ridge=0).product(),
+            moment,
+        )
         for s in (0, 0, 1, 2, 3)
     ]
     assert rotated[0] == rotated[1]
@@ -116,9 +119,9 @@ def test_gauges_and_alternations_each_lower_the_error(
     a, b = best_factors(weight, moment, 12)
     if name == "BALANCES":
         monkeypatch.setattr("sft.quantizers.factors.SWEEPS", 1)
-    full = quantize_factors(a, b, moment, 3, 3, weight=weight)
+    full = quantize_factors(a, b, moment, 3, 3, weight=weight, ridge=0)
     monkeypatch.setattr(f"sft.quantizers.factors.{name}", less)
-    plain = quantize_factors(a, b, moment, 3, 3, weight=weight)
+    plain = quantize_factors(a, b, moment, 3, 3, weight=weight, ridge=0)
     assert energy(weight - full.product(), moment) < energy(weight - plain.product(), moment)
 
 
@@ -126,10 +129,10 @@ def test_single_precision_and_rank_deficient_factors() -> None:
     weight, moment = layer(6, 8)
     a, b = (t.float() for t in best_factors(weight, moment, 3))
     a[:, 2] = 0
-    q = quantize_factors(a, b, moment.float(), 8, 8)
+    q = quantize_factors(a, b, moment.float(), 8, 8, ridge=0)
     assert q.a_scale.dtype == q.b_scale.dtype == q.product().dtype == torch.float32
     assert energy(a @ b - q.product(), moment) < 1e-3 * energy(a @ b, moment)
-    nothing = quantize_factors(a * 0, b * 0, moment, 4, 4)
+    nothing = quantize_factors(a * 0, b * 0, moment, 4, 4, ridge=0)
     assert not nothing.product().any()
 
 

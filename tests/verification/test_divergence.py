@@ -17,7 +17,7 @@ from sft.core.records import Cost, Option, Plan, PlanRow
 from sft.exporters import export
 from sft.models.inspect import inspect
 from sft.surgery.apply import apply
-from sft.verification.divergence import first_divergence
+from sft.verification.divergence import divergences, first_divergence
 from sft.verification.parity import verify
 
 TARGET, ZERO = "onnxruntime-avx2", Cost(0, 0, 0)
@@ -83,11 +83,12 @@ def test_a_right_file_has_none(made) -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_corrupted_layer_is_named(made, layer, tmp_path) -> None:
     rounded, artifact, x, _ = made
-    found = first_divergence(corrupted(artifact, layer, tmp_path), rounded, x)
-    assert found is not None
+    wrong = corrupted(artifact, layer, tmp_path)
+    (found,) = divergences(wrong, rounded, x)
     assert found.layer == layer
     assert found.steps > 2
     assert f"'{layer}'" in str(found)
+    assert first_divergence(wrong, rounded, x) == found
 
 
 def test_verify_names_the_layer_when_it_fails(made, tmp_path) -> None:

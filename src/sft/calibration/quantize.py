@@ -36,7 +36,7 @@ def quantize(
     rounding: str | None = None,
     weight_ranges: str = "mse",
     correct_bias: bool = True,
-    refit_factors: bool = True,
+    refit: bool = True,
     equalize: bool = False,
     spare_sensitive: bool = True,
     reconstruct: int = 0,
@@ -53,8 +53,8 @@ def quantize(
         "mse" weighs the error by the data. rounding : a name of `quantizers.roundings`; by default
         GPTQ, but nearest in wide layers above 6 bits. correct_bias : give each bias the mean of
         what its weights lost.
-    refit_factors : choose the gauge of split layers and solve their last factors again, behind
-        rounded ones (`calibration.factors`).
+    refit : solve layers of at most 6 bits, and last factors of split ones, again behind the rounded
+        ones before them, and choose the gauge of split ones (`calibration.refit`, `factors`).
     equalize : bring the channels between two layers to like ranges before (`calibration.equalize`).
     spare_sensitive : leave a layer in float that integers would ruin; the result's `plan` says so.
     reconstruct : steps of block reconstruction after it, for each block (`calibration.blocks`).
@@ -62,12 +62,12 @@ def quantize(
     all end with the same network.
     `small` is not touched. Raises `InputError` if it cannot be captured or the data is empty.
     """
-    how = How(rounding, weight_ranges, correct_bias, refit_factors, seed)
+    how = How(rounding, weight_ranges, correct_bias, refit, seed)
     found = find_target(target) if isinstance(target, str) else target
     choose = known_ranges[ranges]
     for _ in range(2):
         with forked_rng():
-            float_form = observe(small, plan, found, calibration, equalize, refit_factors, seed)
+            float_form = observe(small, plan, found, calibration, equalize, refit, seed)
         model, originals = float_form.model, float_form.originals
         set_ranges(model, choose)
         model.set_modes(Mode.ROUND, Mode.ROUND)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sft.calibration.factors import factors_of, refit
+from sft.calibration.factors import factors_of
 from sft.calibration.layer import (
     Reading,
     geometry_of_node,
@@ -21,6 +21,7 @@ from sft.calibration.layer import (
     observe_reading,
     weight_of_rows,
 )
+from sft.calibration.refit import refit
 from sft.calibration.walk import Walk, weighted_user
 from sft.core.geometry import Geometry
 from sft.core.progress import track
@@ -32,6 +33,7 @@ from sft.quantizers.scale import best_scale
 from sft.surgery.quantize import QuantizedModel
 
 COARSE = 6  # bits up to which the better rounding is always worth its time
+UNSEEN = 0.03  # of the mean variance, added to a covariance: a sample shows too little of it
 MANY, FEW = 36, 8  # scales that are tried for each row
 NARROW = 512  # numbers that an output reads, up to which it costs hardly any
 
@@ -78,7 +80,7 @@ def round_weights(model: QuantizedModel, batches: list[Tensor], how: How) -> Rou
         weight = model.graph_module.get_parameter(str(parameter.target))
         if node is None or geometry_of_node(node, weight) is None:
             _round_alone(weight, rounding)
-    last = {names[-1] for names in factors_of(model, model.plan).values()} if how.refit else set()
+    last = {names[-1] for names in factors_of(model, model.plan).values()}
     errors: dict[str, float] = {}
     generator = torch.Generator().manual_seed(how.seed)
     walk = Walk(model.graph_module, batches)
@@ -90,7 +92,7 @@ def round_weights(model: QuantizedModel, batches: list[Tensor], how: How) -> Rou
         geometry = geometry_of_node(node, weight)
         if geometry is None:
             continue
-        refits = str(parameter.target) in last
+        refits = how.refit and (str(parameter.target) in last or rounding.bits <= COARSE)
         _round_layer(walk, node, weight, rounding, geometry, how, generator, refits)
         walk.rounded[fake] = [weight]
         errors[str(parameter.target)] = _finish(walk, node)
@@ -117,8 +119,9 @@ def _round_layer(
     assert isinstance(data, Node)
     bias = node.args[2] if len(node.args) > 2 and how.correct_bias else None
     rows = kernel_rows(weight, geometry).clone()
-    if refits and isinstance(bias, Node):
-        rows, offset = refit(walk, node, rows, geometry, how.seed)
+    solved = refit(walk, node, rows, geometry, how.seed) if refits else None
+    if solved is not None and isinstance(bias, Node):
+        rows, offset = solved
         walk.rounded[bias][0].copy_(offset)
     name = method_for(rounding, rows.shape[2], how)
     total = sum(len(b) for b in walk.batches)
@@ -132,7 +135,7 @@ def _round_layer(
     values = torch.empty_like(rows)
     for group, own in enumerate(rows):
         grid = Grid(scales[group], -top, top, pairs)
-        moment = None if read.covariance is None else read.covariance[group]
+        moment = None if read.covariance is None else _with_ridge(read.covariance[group])
         values[group] = dequantize(roundings[name](own, grid, moment), grid)
     weight.copy_(weight_of_rows(values, geometry))
     rounding.freeze(scales.flatten().to(weight))
@@ -152,6 +155,11 @@ def _scales(rows: Tensor, read: Reading, rounding: WeightFakeQuantize, how: How)
             for own, variance in zip(rows, read.variance, strict=True)
         ]
     )
+
+
+def _with_ridge(covariance: Tensor) -> Tensor:
+    level = UNSEEN * covariance.diagonal().mean()
+    return covariance + torch.diag(level.expand(len(covariance)))
 
 
 def _about_zero(read: Reading) -> Reading:

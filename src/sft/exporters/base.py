@@ -11,7 +11,7 @@ from sft.core.copies import copy_module
 from sft.core.data import Loader
 from sft.core.errors import InputError
 from sft.core.files import sha256
-from sft.core.records import Artifact, Plan, Target
+from sft.core.records import STORED, Artifact, Plan, Target
 from sft.core.registry import Registry
 from sft.exporters.storage import Storage
 from sft.runtimes.targets import find_target
@@ -96,7 +96,7 @@ def _final_network(
                 f"The model was quantised for '{model.target.name}' and cannot be exported for "
                 f"'{target.name}': the integer layouts differ. Quantise it for that target."
             )
-        return model.convert(), model.example.cpu(), bool(model.weights())
+        return model.convert(), model.example.cpu(), _multiplies_integers(model)
     if plan is None:
         if example is None:
             raise InputError("export of a float model needs example=, one input with batch axis 1.")
@@ -109,4 +109,9 @@ def _final_network(
             "a model from `quantize`."
         )
     prepared = quantize(model, plan, target, calibration)
-    return prepared.convert(), prepared.example.cpu(), bool(prepared.weights())
+    return prepared.convert(), prepared.example.cpu(), _multiplies_integers(prepared)
+
+
+def _multiplies_integers(model: QuantizedModel) -> bool:
+    """Whether any layer is planned to be multiplied in integers, not only to be stored in them."""
+    return any(r.option.weight_bits and r.option.scheme != STORED for r in model.plan.rows)

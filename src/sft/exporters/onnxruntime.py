@@ -20,6 +20,7 @@ from sft.exporters.few_bits import raise_opset, store_few_bits
 from sft.exporters.pads import keep_pads_in_integers
 from sft.exporters.slimming import drop_default_attributes, shorten_names, strip_metadata
 from sft.exporters.storage import Storage, read_onnx
+from sft.exporters.widening import widen_stored_weights
 from sft.exporters.wiring import drop_unread_constants
 
 OPSET = 21
@@ -50,6 +51,7 @@ class OnnxRuntimeExporter:
         drop_default_attributes(proto)
         shorten_names(proto.graph, kept=_own_names(network))
         store_few_bits(proto)
+        widen_stored_weights(proto.graph)
         write_bytes(path, proto.SerializeToString(deterministic=True))
 
     def storage(self, path: Path) -> dict[str, Storage]:

@@ -17,7 +17,8 @@ BITS = {
     "DOUBLE": 64, "FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "INT8": 8, "UINT8": 8,
     "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2,
 }  # fmt: skip
-PASSING = ("Cast", "DequantizeLinear", "Transpose", "Reshape", "Identity")
+PASSING = ("Cast", "DequantizeLinear", "Mul", "Transpose", "Reshape", "Identity")
+STATES = {"LSTM": 3, "GRU": 3, "RNN": 3}  # from this input on: biases, lengths, first states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Storage:
 def read_onnx(path: str | Path) -> dict[str, Storage]:
     """Every weight of an ONNX file, by name, in the file's order.
 
-    A weight is a constant of two or more axes; scales, biases and zero points are not counted. An
-    integer weight is called after the bias of its layer (`conv.bias` beside it: `conv.weight`), or
-    as the file calls it. Raises `InputError` for a file that is missing or no ONNX.
+    A weight is a constant of two or more axes; scales, biases, zero points and the states of
+    recurrent layers are not counted. An integer weight is called after the bias of its layer
+    (`conv.bias` beside it: `conv.weight`), or as the file calls it. Raises `InputError` for a file
+    that is missing or no ONNX.
     """
     proto = onnx.ModelProto()
     try:
@@ -50,7 +52,7 @@ def read_onnx(path: str | Path) -> dict[str, Storage]:
     readers, found = readers_of(proto.graph), dict[str, Storage]()
     for tensor in proto.graph.initializer:
         bits = BITS.get(TensorProto.DataType.Name(tensor.data_type))
-        if bits is None or len(tensor.dims) < 2:
+        if bits is None or len(tensor.dims) < 2 or _is_beside(readers.get(tensor.name, [])):
             continue
         shape = tuple(tensor.dims)
         stored = Storage(shape, bits, math.ceil(math.prod(shape) * bits / 8))
@@ -63,6 +65,14 @@ def mean_bits(weights: Mapping[str, Storage]) -> float:
     """Bits that a number of the weights takes in the file, in the mean; 0 without weights."""
     numbers = sum(w.numbers for w in weights.values())
     return sum(w.bits * w.numbers for w in weights.values()) / numbers if numbers else 0.0
+
+
+def _is_beside(reading: list[Reader]) -> bool:
+    """Whether a constant is a scale of a weight, or a recurrent layer's bias or first state."""
+    return bool(reading) and all(
+        (node.op_type == "Mul" and place == 1) or place >= STATES.get(node.op_type, place + 1)
+        for node, place in reading
+    )
 
 
 def _layer_name(name: str, readers: Mapping[str, list[Reader]]) -> str:

@@ -9,6 +9,7 @@ from sft.core.errors import InputError
 from sft.core.records import (
     DENSE,
     KEEP,
+    STORED,
     Candidate,
     Cost,
     LayerProfile,
@@ -99,7 +100,7 @@ def _menu(entry: LayerProfile, asked: Option | None, limited: bool) -> Menu:
             f"None of the {len(entry.candidates)} options of layer '{entry.layer.name}' has a "
             f"finite damage. Profile the model again."
         )
-    integers = [c for c in measured if c.option.scheme == DENSE and c.option.weight_bits]
+    integers = [c for c in measured if c.option.scheme in (DENSE, STORED) and c.option.weight_bits]
     sensitive = min((c.damage for c in integers), default=math.inf) > SENSITIVE
     if limited:
         return measured if sensitive else [c for c in measured if c.option.scheme != KEEP]

@@ -1,7 +1,9 @@
 """Why a layer got its option, in words made of the menu's own numbers."""
 
-from sft.core.records import DENSE, KEEP, Candidate, LayerProfile
+from sft.core.records import DENSE, KEEP, STORED, Candidate, LayerProfile
 from sft.planning.edit import default_full_rank
+
+SIZE_ONLY = "this saves size, not time: the runtime has no integer kernel for it"
 
 
 def explain(entry: LayerProfile, chosen: Candidate, asked: bool, limited: bool) -> str:
@@ -13,11 +15,13 @@ def explain(entry: LayerProfile, chosen: Candidate, asked: bool, limited: bool) 
     if option.scheme == KEEP:
         if asked:
             return "kept in float as asked"
-        dense = _first(entry, DENSE)
+        dense = _first(entry, DENSE) or _first(entry, STORED)
         if dense is None:
             return "kept in float: its menu has no integer option"
         return f"kept in float: rounding it alone would have damage {number(dense.damage)}"
     text = f"{_title(entry, chosen)}{' as asked' if asked else ''}: "
+    if option.scheme == STORED:
+        return f"{text}{_facts(entry, chosen, _smaller(entry, chosen))}; {SIZE_ONLY}"
     if option.scheme == DENSE:
         text += _facts(entry, chosen, _smaller(entry, chosen))
     else:
@@ -46,6 +50,8 @@ def amount(value: float, unit: str) -> str:
 
 def _title(entry: LayerProfile, chosen: Candidate) -> str:
     option = chosen.option
+    if option.scheme == STORED:
+        return f"stored in {option.weight_bits} bits, multiplied in float"
     rank = ""
     if option.rank:
         full = default_full_rank(option.scheme, entry.layer)
@@ -57,7 +63,7 @@ def _title(entry: LayerProfile, chosen: Candidate) -> str:
 
 def _facts(entry: LayerProfile, chosen: Candidate, gain: str) -> str:
     damage = f"damage {number(chosen.damage)}"
-    if chosen.option.scheme == DENSE:
+    if chosen.option.scheme in (DENSE, STORED):
         return f"{damage}, {gain}" if gain else damage
     return f"{gain} for {damage}" if gain else f"{damage}, with no saving in size or MACs"
 
@@ -85,7 +91,7 @@ def _dense(entry: LayerProfile, chosen: Candidate) -> str:
 
 
 def _why_not_low_rank(entry: LayerProfile, chosen: Candidate) -> str:
-    low = [c for c in entry.candidates if c.option.scheme not in (KEEP, DENSE)]
+    low = [c for c in entry.candidates if c.option.scheme not in (KEEP, DENSE, STORED)]
     if not low:
         if entry.layer.refusals:
             refused = "; ".join(f"{scheme}: {why}" for scheme, why in entry.layer.refusals.items())

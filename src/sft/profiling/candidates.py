@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sft.core.copies import copy_module
-from sft.core.records import DENSE, KEEP, Candidate, Layer, Option, Target
+from sft.core.records import DENSE, KEEP, STORED, Candidate, Layer, Option, Target
 from sft.core.statistics import Statistics
 from sft.decompositions import decompositions
 from sft.decompositions.base import kernel_of
@@ -17,6 +17,7 @@ from sft.quantizers.linear import symmetric_scale
 
 WEIGHT_BITS = 8
 QUANTISABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+STORABLE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # no integer kernels
 TWINS = {"channel_in": "channel_out"}  # the same split where the kernel has one tap
 
 
@@ -48,18 +49,20 @@ def menu(
 
     Ranks stand on `rank_multiple`, or on the target's lanes, and stop where the factors would cost
     as many multiply-accumulates as the whole kernel; of a scheme's ranks only those are kept that
-    no cheaper one beats in error. A layer that cannot be quantised can only be kept, or split in
-    float.
+    no cheaper one beats in error. A transposed convolution, for which no runtime has an integer
+    kernel, can be stored in integers and is split in float; any other layer that cannot be
+    quantised is kept, or split in float.
     """
     found = [_candidate(layer, Option(KEEP, weight_bits=None), 0.0, target)]
     rounding = 0.0
-    quantisable = isinstance(module, QUANTISABLE) and "weight" in module._parameters
-    if quantisable and weight_bits is not None:
+    scheme_of_whole = _whole(module)
+    if scheme_of_whole is not None and weight_bits is not None:
         assert isinstance(module.weight, torch.Tensor)
-        rounding = rounding_error(module.weight.detach(), weight_bits, target)
-        dense = Option(DENSE, weight_bits=weight_bits)
-        found.append(_candidate(layer, dense, rounding, target))
-    bits = weight_bits if quantisable else None
+        error = rounding_error(module.weight.detach(), weight_bits, target, channel_axis(module))
+        whole = Option(scheme_of_whole, weight_bits=weight_bits)
+        found.append(_candidate(layer, whole, error, target))
+        rounding = error if scheme_of_whole == DENSE else 0.0
+    bits = weight_bits if scheme_of_whole == DENSE else None
     for scheme in schemes_for(layer, module, schemes)[1]:
         own = []
         for rank, error in _ranks(scheme, layer, module, statistics, target, rank_multiple):
@@ -83,14 +86,28 @@ def rounded_copy(module: nn.Module, bits: int, target: Target) -> nn.Module:
     rounded = copy_module(module)
     weight = rounded._parameters["weight"]
     assert weight is not None
-    weight.data = _round(weight.detach(), bits, target)
+    weight.data = _round(weight.detach(), bits, target, channel_axis(module))
     return rounded
 
 
-def rounding_error(weight: torch.Tensor, bits: int, target: Target) -> float:
-    """Relative squared error of rounding the weight per output channel, as the target stores it."""
-    rounded = _round(weight, bits, target)
+def channel_axis(module: nn.Module) -> int:
+    """The axis of a weight that has a scale for each index: that of the output channels."""
+    return 1 if isinstance(module, STORABLE) else 0
+
+
+def rounding_error(weight: torch.Tensor, bits: int, target: Target, axis: int = 0) -> float:
+    """Relative squared error of rounding the weight along `axis`, as the target stores it."""
+    rounded = _round(weight, bits, target, axis)
     return float((weight - rounded).square().sum() / weight.square().sum().clamp_min(1e-30))
+
+
+def _whole(module: nn.Module) -> str | None:
+    """What the whole kernel can become in integers: `dense`, only `stored`, or nothing."""
+    if "weight" not in module._parameters:
+        return None
+    if isinstance(module, QUANTISABLE):
+        return DENSE
+    return STORED if isinstance(module, STORABLE) else None
 
 
 def _candidate(layer: Layer, option: Option, error: float, target: Target) -> Candidate:
@@ -124,7 +141,9 @@ def _cheapest(candidates: list[Candidate]) -> list[Candidate]:
     return kept
 
 
-def _round(weight: torch.Tensor, bits: int, target: Target) -> torch.Tensor:
+def _round(weight: torch.Tensor, bits: int, target: Target, axis: int) -> torch.Tensor:
     top = min(2 ** (bits - 1) - 1, target.layout.weight_max)
-    scale = symmetric_scale(weight, top, 0).reshape([-1] + [1] * (weight.ndim - 1))
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    scale = symmetric_scale(weight, top, axis).reshape(shape)
     return torch.round(weight / scale) * scale

@@ -12,7 +12,16 @@ from sft.core.data import Data, fingerprint_data
 from sft.core.errors import InputError
 from sft.core.progress import say, track
 from sft.core.randomness import forked_rng
-from sft.core.records import DENSE, Candidate, Inspection, Layer, LayerProfile, Profile, Target
+from sft.core.records import (
+    DENSE,
+    STORED,
+    Candidate,
+    Inspection,
+    Layer,
+    LayerProfile,
+    Profile,
+    Target,
+)
 from sft.core.statistics import Statistics, load_statistics, save_statistics
 from sft.decompositions import decompositions, factorize
 from sft.models.inspect import inspect
@@ -228,7 +237,7 @@ def _measure(
 
         alphas = {
             scheme: _alpha(scheme, module, candidates, own, target, measure, how.anchor_error)
-            for scheme in (*schemes, DENSE)
+            for scheme in (*schemes, DENSE, STORED)
             if any(c.option.scheme == scheme for c in candidates)
         }
         measured.append(
@@ -250,7 +259,7 @@ def _alpha(
     """Measured damage per unit of error, at the rank whose error is nearest to the anchor's."""
     own = [c for c in candidates if c.option.scheme == scheme]
     anchor = min(own, key=lambda c: abs(c.error - anchor_error))
-    if scheme == DENSE:
+    if scheme in (DENSE, STORED):
         assert anchor.option.weight_bits is not None
         damage = measure(rounded_copy(module, anchor.option.weight_bits, target))
     else:

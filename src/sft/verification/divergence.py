@@ -43,14 +43,18 @@ class Divergence:
 def first_divergence(
     artifact: Artifact, simulation: QuantizedModel, x: Tensor
 ) -> Divergence | None:
-    """The first layer of which file and simulation differ by more than a step; None if none does.
+    """The first of `divergences`, or None."""
+    return next(iter(divergences(artifact, simulation, x)), None)
+
+
+def divergences(artifact: Artifact, simulation: QuantizedModel, x: Tensor) -> list[Divergence]:
+    """The layers of which file and simulation differ by more than a step, in their order.
 
     x : samples ``(N, ...)``, of which the first 8 are used. A step is that of the integers behind
     the layer, or 1/255 of the greatest output where they stay float. Recurrent operators are not
     compared. Raises `InputError` if the file has other layers than the simulation.
     """
-    x = x[:SAMPLES].cpu()
-    graph = simulation.graph_module
+    x, graph = x[:SAMPLES].cpu(), simulation.graph_module
     layers = [n for n in graph.graph.nodes if n.target in WEIGHTED or _is_transposed(n)]
     runtime = find_target(artifact.target).runtime
     given = [torch.from_numpy(values) for values in read_taps(artifact.path, runtime, x.numpy())]
@@ -60,19 +64,18 @@ def first_divergence(
             f"{len(layers)}: they are not of one network."
         )
     places = {_place(graph, node): index for index, node in enumerate(layers)}
-    device = simulation.example.device
-    worst: dict[int, list[Tensor]] = {}
+    off: dict[int, list[Tensor]] = {index: [] for index in range(len(layers))}
     for sample in range(len(x)):
         comparison = _Comparison(graph, places, [values[sample] for values in given])
-        comparison.run(x[sample : sample + 1].to(device))
-        for index, off in comparison.off.items():
-            worst.setdefault(index, []).append(off)
-    for index in sorted(worst):
-        off = torch.cat(worst[index])
-        share = float((off > 1.01).float().mean())
-        if share > SHARE:
-            return Divergence(_layer_of(layers[index]), share, float(off.max()))
-    return None
+        comparison.run(x[sample : sample + 1].to(simulation.example.device))
+        for index, steps in comparison.off.items():
+            off[index].append(steps)
+    found = ((layers[index], torch.cat(steps)) for index, steps in off.items() if steps)
+    judged = [
+        Divergence(_layer_of(node), float((steps > 1.01).float().mean()), float(steps.max()))
+        for node, steps in found
+    ]
+    return [each for each in judged if each.share > SHARE]
 
 
 class _Comparison(Interpreter):
@@ -136,4 +139,4 @@ def _layer_of(node: Node) -> str:
     return module_of(weight)
 
 
-__all__ = ["Divergence", "first_divergence"]
+__all__ = ["Divergence", "divergences", "first_divergence"]
