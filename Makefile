@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench bench-decompositions setup
+.PHONY: demo test test-slow lint bench bench-decompositions bench-quantization setup
 
 demo: $(READY)
 	$(VENV)/bin/sft demo
@@ -27,6 +27,10 @@ bench-decompositions: $(READY)
 	$(PYTHON) benchmarks/decompositions.py
 	$(PYTHON) benchmarks/calibration.py
 	$(PYTHON) benchmarks/no_finetuning.py
+
+# Needs the peers and more packages for some networks and data; each script names what is missing.
+bench-quantization: $(READY)
+	$(PYTHON) benchmarks/quantization.py
 
 setup: $(READY)
 

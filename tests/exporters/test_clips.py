@@ -200,3 +200,13 @@ def test_two_roundings_or_a_visible_value_keep_the_float_rectifier() -> None:
     proto.graph.node.append(helper.make_node("QuantizeLinear", ["r", "s", "zero"], ["q2"]))
     clip_integers(proto.graph)
     assert "Relu" in operators(proto)
+
+
+def test_a_rectifier_of_integers_without_arithmetic_is_left_alone() -> None:
+    proto = network("Relu", None, None, 0.05, np.uint8(9), taps=8)
+    conv = next(n for n in proto.graph.node if n.op_type == "Conv")
+    proto.graph.node.remove(conv)
+    next(n for n in proto.graph.node if n.op_type == "Relu").input[0] = "d0"
+    before = operators(proto)
+    clip_integers(proto.graph)
+    assert operators(proto) == before

@@ -81,7 +81,7 @@ class _Surroundings:
             return None
         data, weight = scales
         unit = np.asarray(data.reshape(()) * weight, np.float32)
-        return unit if True else None
+        return unit if unit.min() >= np.finfo(np.float32).tiny else None
 
     def depth_of(self, product: NodeProto) -> int:
         """How many products make an output, at most: the longest side of the weight."""
