@@ -4,11 +4,11 @@
     python benchmarks/quantization.py --quick               smaller samples; 8 minutes on 2 cores
     python benchmarks/quantization.py --only factors speed  these parts
 
+speed      ResNet-18 and MobileNetV2 against the fastest layout of ONNX Runtime
+cost       seconds and memory of quantising
 accuracy   fashion-resnet at 8, 4 and 3 bits; a depthwise network at 8 bits and, trained, at 4
 photos     EfficientNet-Lite0 with its ImageNet weights beside ONNX Runtime's and NNCF's files
 factors    what rounding two factors to 4 and 3 bits adds to the error
-speed      ResNet-18 and MobileNetV2 against the fastest layout of ONNX Runtime
-cost       seconds and memory of quantising
 
 Every score and time is of an exported file in its runtime, on one thread; activations have 8 bits.
 Calibration sees training images without labels. Test data is touched only to score. A full run of
@@ -39,11 +39,11 @@ from sft.runtimes.targets import machine
 RESULTS = Path(__file__).parent / "results"
 THREADS, QAT_STEPS = 2, 600
 PARTS: dict[str, Callable[[Settings], Found]] = {
+    "speed": quantization_speed.measure,
+    "cost": quantization_cost.measure,
     "accuracy": quantization_accuracy.measure,
     "photos": quantization_photos.measure,
     "factors": quantization_factors.measure,
-    "speed": quantization_speed.measure,
-    "cost": quantization_cost.measure,
 }
 WANTED: dict[str, tuple[str, float | str]] = {  # a name stands for the figure of that name
     "fashion_w8a8_drop": ("<=", 0.1),
