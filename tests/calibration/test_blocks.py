@@ -76,7 +76,7 @@ def images(data: sft.Data, count: int = 128) -> Tensor:
 
 
 def rounded(net: nn.Module, x: Tensor, bits: int, target: str) -> tuple[QuantizedModel, Floats]:
-    """The network rounded as `quantize` does, and its parameters before."""
+    """The network rounded by GPTQ alone, without refit, and its parameters before."""
     zero = Cost(1, 1, 1)
     rows = tuple(
         PlanRow(layer.name, Option("dense", (), bits), 0.0, zero, "test")
@@ -92,7 +92,7 @@ def rounded(net: nn.Module, x: Tensor, bits: int, target: str) -> tuple[Quantize
     set_ranges(model, ranges["mse"])
     model.set_modes(Mode.ROUND, Mode.ROUND)
     floats = {n: p.detach().clone() for n, p in model.graph_module.named_parameters()}
-    round_weights(model, list(x.split(32)), How())
+    round_weights(model, list(x.split(32)), How(refit=False))
     return model, floats
 
 

@@ -115,7 +115,7 @@ ROWS = (
     Row("channel shuffle", lambda: Between(shuffled, conv(4, 4))),
     Row("split", lambda: Between(split, conv(5, 5)), slow=True),
     Row("slice", lambda: Between(sliced, conv(4, 4)), slow=True),
-    Row("dense concat", lambda: Between(densely, conv(), conv(16)), 24),
+    Row("dense concat", lambda: Between(densely, conv(), conv(16)), 24, slow=True),
     Row("inception", lambda: Between(branched, conv(), conv(side=1)), 24),
     Row("squeeze and excite", lambda: Between(squeezed, conv(8, 4, 1), conv(4, 8, 1))),
     Row(

@@ -79,8 +79,15 @@ def relative_error(found: np.ndarray, wanted: Tensor) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        (nn.LSTM, 4),
+        (nn.GRU, 8),
+        pytest.param(nn.LSTM, 8, marks=pytest.mark.slow),
+        pytest.param(nn.GRU, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_recurrent_module_is_stored_in_few_bits(kind, bits, tmp_path) -> None:
     net, x = made(lambda: Heard(kind), (4, 6))
     plan = planned(net, x, "memory.", Option("stored", (), bits))

@@ -27,6 +27,7 @@ from sft.core.geometry import Geometry
 from sft.core.progress import track
 from sft.quantizers.fake import WeightFakeQuantize
 from sft.quantizers.grid import Grid, dequantize
+from sft.quantizers.narrow import group_scales, round_groups
 from sft.quantizers.ranges import weight_scale
 from sft.quantizers.rounding import roundings
 from sft.quantizers.scale import best_scale
@@ -35,6 +36,7 @@ from sft.surgery.quantize import QuantizedModel
 COARSE = 6  # bits up to which the better rounding is always worth its time
 UNSEEN = 0.03  # of the mean variance, added to a covariance: a sample shows too little of it
 MANY, FEW = 36, 8  # scales that are tried for each row
+MANY_GROUPS = 4  # of a grouped layer, from which they are rounded side by side
 NARROW = 512  # numbers that an output reads, up to which it costs hardly any
 
 
@@ -132,11 +134,16 @@ def _round_layer(
         read = _about_zero(read)
     scales = _scales(rows, read, rounding, how)
     top, pairs = rounding.quant_max, rounding.pair_sum
-    values = torch.empty_like(rows)
-    for group, own in enumerate(rows):
-        grid = Grid(scales[group], -top, top, pairs)
-        moment = None if read.covariance is None else _with_ridge(read.covariance[group])
-        values[group] = dequantize(roundings[name](own, grid, moment), grid)
+    if len(rows) > MANY_GROUPS and pairs is None and name == "gptq":
+        assert read.covariance is not None
+        q = round_groups(rows, scales, _with_ridge(read.covariance), top)
+        values = q.to(rows) * scales.to(rows)[:, :, None]
+    else:
+        values = torch.empty_like(rows)
+        for group, own in enumerate(rows):
+            grid = Grid(scales[group], -top, top, pairs)
+            moment = None if read.covariance is None else _with_ridge(read.covariance[group])
+            values[group] = dequantize(roundings[name](own, grid, moment), grid)
     weight.copy_(weight_of_rows(values, geometry))
     rounding.freeze(scales.flatten().to(weight))
     if isinstance(bias, Node):
@@ -148,6 +155,8 @@ def _scales(rows: Tensor, read: Reading, rounding: WeightFakeQuantize, how: How)
     """``(G, o)`` the scale of each row."""
     if how.scale != "mse":
         return torch.stack([weight_scale(own, rounding.quant_max, how.scale) for own in rows])
+    if len(rows) > MANY_GROUPS and rounding.pair_sum is None:
+        return group_scales(rows, read.variance, rounding.quant_max, MANY)
     few = rounding.bits > COARSE and rounding.pair_sum is None  # clipping hardly pays there
     return torch.stack(
         [
@@ -158,8 +167,10 @@ def _scales(rows: Tensor, read: Reading, rounding: WeightFakeQuantize, how: How)
 
 
 def _with_ridge(covariance: Tensor) -> Tensor:
-    level = UNSEEN * covariance.diagonal().mean()
-    return covariance + torch.diag(level.expand(len(covariance)))
+    """``(..., D, D)`` with a share of its mean variance added to the diagonal."""
+    level = UNSEEN * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+    unit = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return covariance + level[..., None, None] * unit
 
 
 def _about_zero(read: Reading) -> Reading:
