@@ -100,7 +100,7 @@ def learned(
     net: nn.Module, x: Tensor, bits: int = 3, target: str = "onnxruntime-avx2", **options: float
 ) -> tuple[QuantizedModel, list[BlockFit]]:
     model, floats = rounded(net, x, bits, target)
-    given = {"steps": 60, **options}
+    given = {"steps": 40, **options}
     return model, reconstruct_blocks(model, list(x.split(32)), floats, **given)  # type: ignore[arg-type]
 
 
@@ -177,7 +177,7 @@ def test_it_improves_on_gptq(net: nn.Module, data: sft.Data, bits: int) -> None:
     x = images(data)
     fresh = torch.cat([b[0] for b in data.test])  # type: ignore[misc]
     before, _ = rounded(net, x, bits, "onnxruntime-avx2")
-    after, _ = learned(net, x, bits, steps=100)
+    after, _ = learned(net, x, bits, steps=60)
     with torch.no_grad():
         wanted = net(fresh)
         errors = [(m(fresh) - wanted).square().sum() for m in (before, after)]
@@ -212,7 +212,7 @@ def test_the_reported_error_is_that_of_the_model(net: nn.Module, data: sft.Data)
 @pytest.mark.parametrize("target", ["onnxruntime-avx2", "onnxruntime-vnni"])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_weights_end_on_their_grid(net: nn.Module, data: sft.Data, target: str, bits: int) -> None:
-    model, _ = learned(net, images(data), bits, target, steps=20)
+    model, _ = learned(net, images(data, 64), bits, target, steps=8)
     for weight, rounding in model.weights().values():
         integers = rounding.integers(weight)
         assert torch.equal(rounding.on_grid(weight), weight)
@@ -231,19 +231,19 @@ def test_weights_end_on_their_grid(net: nn.Module, data: sft.Data, target: str, 
 def test_a_seed_decides_and_each_option_counts(data: sft.Data) -> None:
     x, net = images(data, 64), seeded(Plain)
     torch.manual_seed(1)
-    first = state(learned(net, x, steps=80)[0])
+    first = state(learned(net, x, steps=40)[0])
     torch.manual_seed(2)
-    again = state(learned(net, x, steps=80)[0])
+    again = state(learned(net, x, steps=40)[0])
     assert all(torch.equal(first[name], again[name]) for name in first)
     others: list[dict[str, float]] = [
         {"seed": 1},
-        {"steps": 120},
+        {"steps": 60},
         {"learning_rate": 0.01},
         {"step_rate": 1e-2},
         {"drop": 0.0},
     ]
     for option in others:
-        moved = state(learned(net, x, **{"steps": 80, **option})[0])
+        moved = state(learned(net, x, **{"steps": 40, **option})[0])
         assert any(not torch.equal(first[name], moved[name]) for name in first), option
 
 

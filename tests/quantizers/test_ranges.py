@@ -1,5 +1,7 @@
 """Ranges against brute force, numpy's quantiles and the published fixed point."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -113,7 +115,8 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     for symmetric in (True, False):
         whole = ranges["mse"](values, counts, -7, 7, symmetric)
         monkeypatch.setattr("sft.quantizers.clipping.BLOCK", 200)
-        monkeypatch.setattr("sft.quantizers.ranges.BLOCK", 300)
+        # the room's attribute `ranges` is the table, not the module
+        monkeypatch.setattr(sys.modules["sft.quantizers.ranges"], "BLOCK", 300)
         torch.testing.assert_close(ranges["mse"](values, counts, -7, 7, symmetric), whole)
         monkeypatch.undo()
 

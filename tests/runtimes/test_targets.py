@@ -34,9 +34,15 @@ def test_layout_fits_its_types(target: targets.Target) -> None:
 
 def test_two_products_fit_in_16_bits_without_vnni() -> None:
     layout = find_target("onnxruntime-avx2").layout
-    worst = 2 * layout.activation_max * max(-layout.weight_min, layout.weight_max)
-    assert worst < 2**15
-    assert 2 * layout.activation_max * (2 * layout.weight_max) >= 2**15  # one bit more would not
+    assert layout.pair_sum is not None
+    assert layout.activation_max * layout.pair_sum < 2**15
+    assert layout.activation_max * (layout.pair_sum + 1) > 2**15 - 1  # one more would not
+    assert layout.weight_max <= layout.pair_sum  # beside a zero, or one of the other sign
+
+
+def test_nothing_is_mended_where_products_are_added_in_32_bits() -> None:
+    for name in ("onnxruntime-vnni", "onnxruntime-arm64"):
+        assert find_target(name).layout.pair_sum is None
 
 
 def test_unknown_name_lists_known() -> None:

@@ -43,7 +43,7 @@ def test_integers_are_within_the_layout_and_use_it(net, data, plan) -> None:
         assert int(integers.min()) >= TARGET.layout.weight_min
         top = integers.flatten(1).abs().amax(1)
         assert int(top.min()) > TARGET.layout.pair_sum // 2 - 2  # a pair of equals still fits
-        assert int(top.max()) == TARGET.layout.weight_max
+        assert int(top.max()) > TARGET.layout.pair_sum // 2  # more than 7 bits
 
 
 @pytest.mark.parametrize("target", list_targets(), ids=lambda t: t.name)
@@ -78,16 +78,18 @@ def test_a_layer_kept_in_float_has_no_rounded_weight(net, data, plan) -> None:
     assert "down.weight" not in rounded.weights()
 
 
-def test_training_ends_on_integers_and_the_ranges_stay(net, data, plan) -> None:
+def test_training_ends_on_integers_and_the_ranges_may_stay(net, data, plan) -> None:
     rounded = quantize(apply(net, plan), plan, TARGET, data.calibration)
-    ranges = {k: (float(a.low), float(a.high)) for k, a in rounded.activations().items()}
-    tuned = finetune(rounded, data.train, net, steps=5, learning_rate=1e-3)
-    assert {k: (float(a.low), float(a.high)) for k, a in tuned.activations().items()} == ranges
+    ranges = {k: a.limits() for k, a in rounded.activations().items()}
+    tuned = finetune(rounded, data.train, net, steps=5, learning_rate=1e-2, learn_steps=False)
+    assert {k: a.limits() for k, a in tuned.activations().items()} == ranges
     moved = [
         not torch.equal(weight, rounded.weights()[name][0])
         for name, (weight, _) in tuned.weights().items()
     ]
     assert all(moved)
+    for weight, rounding in tuned.weights().values():
+        assert torch.equal(rounding.on_grid(weight), weight)
     x = data.calibration.inputs
     converted = tuned.convert()
     torch.testing.assert_close(converted(x), tuned(x), rtol=1e-5, atol=1e-5)
