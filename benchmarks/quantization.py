@@ -11,9 +11,9 @@ photos     EfficientNet-Lite0 with its ImageNet weights beside ONNX Runtime's an
 factors    what rounding two factors to 4 and 3 bits adds to the error
 
 Every score and time is of an exported file in its runtime, on one thread; activations have 8 bits.
-Calibration sees training images without labels. Test data is touched only to score. A full run of
-all parts writes `benchmarks/results/quantization-<machine>.csv`; the last line printed is one JSON
-object. Run it on an idle machine.
+Calibration sees training images without labels. Test data is touched only to score. A full run
+writes `benchmarks/results/quantization-<machine>.csv`, one of some parts the rows of these in it;
+the last line printed is one JSON object. Run it on an idle machine.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main() -> None:
     rows = _rows(found)
     for figure, measured, sense, wanted, verdict in rows:
         print(f"{figure:44} {measured:>12}  {sense and f'wanted {sense} {wanted}  {verdict}'}")
-    if names == list(PARTS) and not options.quick:
+    if not options.quick:
         print(f"written to {_write(rows, options.threads)}")
     print(json.dumps({name: round(float(found[name]), 4) for name in WANTED if name in found}))
 
@@ -124,12 +124,17 @@ def _write(rows: list[Row], threads: int) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"quantization-{re.sub(r'[^A-Za-z0-9]+', '-', named).strip('-').lower()}.csv"
     versions = " ".join(f"{name}={version}" for name, version in here["versions"].items())
+    facts = {"machine": named, "threads": str(threads), "versions": versions}
+    new = {row[0]: row for row in rows} | {k: (k, v, "", "", "") for k, v in facts.items()}
+    old: dict[str, Row] = {}
+    if path.exists():
+        with path.open(newline="") as stream:
+            old = {row[0]: (*row,) for row in list(csv.reader(stream))[1:]}  # type: ignore[misc]
+    order = [*WANTED, *(name for name in {**old, **new} if name not in WANTED)]
     with path.open("w", newline="") as stream:
         table = csv.writer(stream)
         table.writerow(["figure", "measured", "sense", "wanted", "verdict"])
-        table.writerows(rows)
-        for name, value in {"machine": named, "threads": threads, "versions": versions}.items():
-            table.writerow([name, value, "", "", ""])
+        table.writerows(new.get(name) or old[name] for name in order if name in new or name in old)
     return path
 
 

@@ -95,7 +95,7 @@ def compress(
 
         def attempt(plan: Plan) -> Trial[Made]:
             made = job.build(plan)
-            return Trial(plan, job.score(made.artifact, validation), made)
+            return Trial(made.model.plan, job.score(made.artifact, validation), made)
 
         trial = search(
             measured, budget, score, attempt, lambda b: make_plan(measured, b, keep, overrides)

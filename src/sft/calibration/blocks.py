@@ -86,8 +86,9 @@ def reconstruct_blocks(
     model : its ranges and weights are fixed, as `quantize` leaves it. batches : inputs ``(N, ...)``
         like those it was calibrated on, of at least two samples in all. originals : every parameter
         of the captured graph by name, as it was before the weights were rounded. steps : of Adam
-        for each block, each on 32 samples. learning_rate : of the choice of integers. step_rate :
-        of the logarithms of activation scales. drop : how often a value is not rounded.
+        for each block, each on 32 samples; below 100 hardly an integer moves. learning_rate : of
+        the choice of integers. step_rate : of the logarithms of activation scales. drop : how often
+        a value is not rounded.
     Raises `InputError` for fewer samples, missing originals or weights without a frozen scale.
     """
     samples = torch.cat(batches) if batches else torch.empty(0)
