@@ -71,7 +71,7 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
         return build().eval()
 
 
-def images(data: sft.Data, count: int = 128) -> Tensor:
+def images(data: sft.Data, count: int = 80) -> Tensor:
     return torch.cat([b[0] if isinstance(b, tuple | list) else b for b in data.calibration])[:count]
 
 
