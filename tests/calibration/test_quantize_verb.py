@@ -36,13 +36,31 @@ def test_scales_weighed_by_the_data_beat_the_greatest_magnitude(net, data, make_
     plan = make_plan(net, data.example(), 3, VNNI)
     small, x = apply(net, plan), data.split("test")[0].inputs
     found = {
-        name: quantize(small, plan, VNNI, data.calibration, rounding="nearest", weight_ranges=name)
+        name: quantize(
+            small,
+            plan,
+            VNNI,
+            data.calibration,
+            rounding="nearest",
+            weight_ranges=name,
+            refit=False,
+        )
         for name in ("minmax", "mse")
     }
     weight = dict(small.named_parameters())["down.weight"]
     widest = symmetric_scale(weight, 3, 0)
     torch.testing.assert_close(found["minmax"].weights()["down.weight"][1].scale, widest)
     assert error(found["mse"], small, x) < error(found["minmax"], small, x)
+
+
+def test_layers_solved_again_behind_rounded_ones_are_nearer(net, data, make_plan) -> None:
+    plan = make_plan(net, data.example(), 3, VNNI)
+    small, x = apply(net, plan), data.split("test")[0].inputs
+    errors = [
+        error(quantize(small, plan, VNNI, data.calibration, refit=refit), small, x)
+        for refit in (False, True)
+    ]
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_ranges_of_activations_differ_by_their_method(net, data, make_plan) -> None:
