@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sft.calibration.blocks import HELD_OUT, reconstruct_blocks
 from sft.calibration.equalize import equalize as equalize_channels
 from sft.calibration.factors import orthonormalize
-from sft.calibration.rounding import How, round_weights
+from sft.calibration.rounding import How, Rounded, round_weights
 from sft.calibration.samples import Reservoir, samples_that_fit
 from sft.calibration.sensitivity import find_sensitive, first_output, keep_in_float
 from sft.core.data import Loader
@@ -88,13 +88,7 @@ def quantize(
             say(f"  {name}: {reason}")
         plan = keep_in_float(plan, reasons)
     if reconstruct:
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        reconstruct_blocks(model, float_form.inputs, floats, steps=reconstruct, seed=seed)
-        judge = torch.cat(float_form.inputs)[::HELD_OUT]
-        wanted, rounded = done.plain[::HELD_OUT], done.rounded[::HELD_OUT]
-        if divergence(wanted, first_output(model(judge))) >= divergence(wanted, rounded):
-            say("  block reconstruction is dropped: the network's outputs are no closer")
-            model.load_state_dict(before)
+        _reconstruct(model, float_form.inputs, floats, done, reconstruct, seed)
     return model
 
 
@@ -144,6 +138,24 @@ def observe(
 def _floats(model: QuantizedModel) -> dict[str, Tensor]:
     """A copy of every parameter, biases too, which the rounding of weights also changes."""
     return {name: p.detach().clone() for name, p in model.graph_module.named_parameters()}
+
+
+def _reconstruct(
+    model: QuantizedModel,
+    inputs: list[Tensor],
+    floats: dict[str, Tensor],
+    done: Rounded,
+    steps: int,
+    seed: int,
+) -> None:
+    """Reconstruct the blocks in place, if that helps the outputs for samples held out from it."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reconstruct_blocks(model, inputs, floats, steps=steps, seed=seed)
+    judge = torch.cat(inputs)[::HELD_OUT]
+    wanted, rounded = done.plain[::HELD_OUT], done.rounded[::HELD_OUT]
+    if divergence(wanted, first_output(model(judge))) >= divergence(wanted, rounded):
+        say("  block reconstruction is dropped: the network's outputs are no closer")
+        model.load_state_dict(before)
 
 
 def set_ranges(model: QuantizedModel, choose: Any) -> None:
