@@ -47,6 +47,8 @@ def measure(settings: Settings) -> Found:
         for file in write_peers(make_resnet18(), noise, folder, tuple(PEERS)):
             if file.name in PEERS:
                 found[f"ptq_seconds_resnet18_{PEERS[file.name]}"] = file.seconds
+        peers = [float(found[f"ptq_seconds_resnet18_{name}"]) for name in PEERS.values()]
+        found["ptq_seconds_resnet18_slower_peer"] = max(peers)
         for samples in SAMPLES:
             peak = _child(settings.threads, "memory", str(samples))["peak_mib"]
             found[f"ptq_peak_mib_{samples}"] = peak
