@@ -52,10 +52,10 @@ def main() -> None:
         before, started = _resident(), time.perf_counter()
         peer.quantize(name, float_path, images, path)
         seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "bytes": max(0, _peak() - before)}))
+    print(json.dumps({"seconds": seconds, "bytes": max(0, peak_bytes() - before)}))
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
     """Bytes of memory this process held at most.
 
     Linux hands the starting process's peak on in `getrusage`, so its status file is asked first.
@@ -73,7 +73,7 @@ def _resident() -> int:
     """Bytes of memory this process holds now; where that is unknown, its peak so far."""
     status = Path("/proc/self/statm")
     if not status.exists():
-        return _peak()
+        return peak_bytes()
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_process import save_images
+from peer_process import peak_bytes, save_images
 from quantization_files import Found, Settings, dense_plan, export_file, quantize_dense
 from quantization_peers import write_peers
 from speed_networks import make_noise, make_resnet18
@@ -73,7 +72,7 @@ def measure_memory(samples: str) -> dict[str, float]:
     network, drawn = make_resnet18(), _Drawn(int(samples))
     plan = dense_plan(network, next(iter(drawn))[:1], 8)
     sft.quantize(sft.apply(network, plan), plan, plan.target, drawn)
-    return {"peak_mib": _peak() / 2**20}
+    return {"peak_mib": peak_bytes() / 2**20}
 
 
 CHILDREN = {"seconds": measure_seconds, "memory": measure_memory}
@@ -120,17 +119,6 @@ def _child(threads: int, kind: str, *arguments: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     say(f"{kind} {arguments[0]}: {found}")
     return found
-
-
-def _peak() -> int:
-    """Bytes of memory this process held at most; Linux is asked for its own, not its parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        if "VmHWM" in fields:
-            return 1024 * int(fields["VmHWM"].split()[0])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def main() -> None:
