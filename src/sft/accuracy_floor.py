@@ -41,7 +41,7 @@ def search(
     bisected, in `TRIALS` trials, down to the smallest whose score keeps the floor. Raises
     `BudgetError` if no plan fits, or if none of the trials keeps the floor.
     """
-    limited = budget.limits(profile.size, profile.macs)
+    limited = budget.limits(profile.original)
     if budget.max_drop is None or (limited and budget.minimize is None):
         return attempt(make_plan(budget))
     return _bisect(budget, score_before, attempt, make_plan, budget.minimize or "size", limited)

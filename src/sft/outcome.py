@@ -1,5 +1,6 @@
 """`result.json`: what came in, what came out, what was asked, all measured on exported files."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from sft.core.budget import Budget
 from sft.core.data import Evaluate, Loader
 from sft.core.errors import InputError
-from sft.core.records import Artifact, Check, Plan, Profile, Timing
+from sft.core.records import Artifact, Check, Cost, Plan, Profile, Timing
 from sft.exporters import mean_bits, storage_of
 from sft.runtimes.runner import Runner, predict_with
 from sft.runtimes.targets import find_target, machine
@@ -53,7 +54,9 @@ def describe(
     after["weight_bits_mean"] = sum(b * n for b, n in bits) / max(sum(n for _, n in bits), 1)
     after["storage_bits_mean"] = mean_bits(storage_of(files[1]))
     after["compute_bits"] = 8 if check.integer_macs_fraction > 0.99 else 32
-    missed = _missed(budget, before, after, validation_scores)
+    memory = (profile.memory, plan.cost.memory)
+    costs = (_cost(before, memory[0]), _cost(after, memory[1]))
+    missed = _missed(budget, *costs, validation_scores)
     return {
         "schema": SCHEMA,
         "model": profile.model,
@@ -95,15 +98,18 @@ def _side(
     }
 
 
-def _missed(
-    budget: Budget, before: dict[str, Any], after: dict[str, Any], scores: tuple[float, float]
-) -> list[str]:
+def _cost(side: dict[str, Any], memory: int) -> Cost:
+    """What was measured, as a cost; memory: of activations, which is computed."""
+    return Cost(side["params"], side["macs"], side["file_bytes"], side["latency_ms"], memory)
+
+
+def _missed(budget: Budget, before: Cost, after: Cost, scores: tuple[float, float]) -> list[str]:
     """Which parts of the budget the measured file misses, in words."""
     missed: list[str] = []
-    limits = budget.limits(before["file_bytes"], before["macs"])
-    for cost, measured in (("size", after["file_bytes"]), ("macs", after["macs"])):
+    limits = budget.limits(before)
+    for cost, measured in dataclasses.asdict(after).items():
         if measured > limits.get(cost, float("inf")):
-            missed.append(f"{cost}: {measured:,} where at most {limits[cost]:,.0f} was asked.")
+            missed.append(f"{cost}: {measured:,} where at most {limits[cost]:,.4g} was asked.")
     drop = scores[0] - scores[1]
     if budget.max_drop is not None and drop > budget.max_drop + ROUNDING:
         missed.append(

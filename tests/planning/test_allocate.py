@@ -41,7 +41,7 @@ def test_whole_costs_add_up_and_limits_hold(profile, budget):
     assert found.cost.macs == sum(r.cost.macs for r in found.rows) + 4567
     assert found.cost.size == sum(r.cost.size for r in found.rows) + 1284
     assert found.original == Cost(profile.params, profile.macs, profile.size)
-    for name, most in budget.limits(profile.size, profile.macs).items():
+    for name, most in budget.limits(profile.original).items():
         assert getattr(found.cost, name) <= most
     for r, entry in zip(found.rows, profile.layers, strict=True):
         menu = {c.option: c for c in entry.candidates}

@@ -3,9 +3,16 @@
 import dataclasses
 
 from sft.core.errors import InputError
+from sft.core.records import Cost
 
+MINIMIZED = ("size", "macs", "latency")
 FRACTIONS = ("size", "macs", "latency", "memory")
-ABSOLUTE = {"size_bytes": "size", "macs_count": "macs"}
+ABSOLUTE = {
+    "size_bytes": "size",
+    "macs_count": "macs",
+    "latency_ms": "latency",
+    "memory_bytes": "memory",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,9 +20,10 @@ class Budget:
     """Limits on the compressed network; what is None is not limited.
 
     size, macs, latency, memory : fraction of the original, above 0 and at most 1.
-    size_bytes, macs_count : the same in absolute numbers (stored bytes; multiply-accumulates).
+    size_bytes, macs_count, latency_ms, memory_bytes : the same in absolute numbers (stored bytes;
+        multiply-accumulates; milliseconds of one sample; bytes of activations alive at a time).
     max_drop : how much the score may fall, in the score's own unit (0.005: half a point).
-    minimize : "size" or "macs": push this one as low as `max_drop` allows, by measuring.
+    minimize : "size", "macs" or "latency": push this one as low as `max_drop` allows, by measuring.
     """
 
     size: float | None = None
@@ -24,6 +32,8 @@ class Budget:
     memory: float | None = None
     size_bytes: int | None = None
     macs_count: int | None = None
+    latency_ms: float | None = None
+    memory_bytes: int | None = None
     max_drop: float | None = None
     minimize: str | None = None
 
@@ -37,29 +47,33 @@ class Budget:
                 )
         for name in ABSOLUTE:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"Budget {name}={value}: it must be at least 1.")
+            if value is not None and not value > 0:
+                raise InputError(f"Budget {name}={value}: it must be above 0.")
         if self.max_drop is not None and not self.max_drop >= 0:
             raise InputError(f"Budget max_drop={self.max_drop}: it must be 0 or more.")
-        if self.minimize not in (None, "size", "macs"):
-            raise InputError(f"Budget minimize='{self.minimize}': 'size' or 'macs' is wanted.")
+        if self.minimize not in (None, *MINIMIZED):
+            wanted = " or ".join(repr(name) for name in MINIMIZED)
+            raise InputError(f"Budget minimize='{self.minimize}': {wanted} is wanted.")
         if self.minimize is not None and self.max_drop is None:
             raise InputError("Budget minimize= needs max_drop=: how far may the score fall?")
-        for name in ("latency", "memory"):
-            if getattr(self, name) is not None:
-                raise InputError(
-                    f"Budget {name}= is not planned yet; it is measured and reported. "
-                    f"Limit macs= and size=, which drive it."
-                )
 
-    def limits(self, size: int, macs: int) -> dict[str, float]:
-        """Absolute upper limits by cost name, for an original of `size` bytes and `macs` MACs."""
-        original = {"size": size, "macs": macs}
+    def limits(self, original: Cost) -> dict[str, float]:
+        """Absolute upper limits by cost name, for an original of these costs.
+
+        Raises `InputError` for a fraction of a latency that was not measured.
+        """
         found: dict[str, float] = {}
-        for name, whole in original.items():
+        for name in FRACTIONS:
             fraction = getattr(self, name)
-            if fraction is not None:
-                found[name] = fraction * whole
+            if fraction is None:
+                continue
+            whole = getattr(original, name)
+            if not whole:
+                raise InputError(
+                    f"Budget {name}={fraction}: the profile holds no {name} of the original. "
+                    f"Profile the model again, with its latency measured."
+                )
+            found[name] = fraction * whole
         for name, cost in ABSOLUTE.items():
             value = getattr(self, name)
             if value is not None:

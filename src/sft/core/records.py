@@ -153,11 +153,18 @@ class Option(Record):
 
 @dataclass(frozen=True, config=_STRICT)
 class Cost(Record):
-    """Parameters, multiply-accumulates of one sample, and stored bytes (weights, scales, bias)."""
+    """What a layer or a network costs to keep and to run one sample.
+
+    params : parameters. macs : multiply-accumulates. size : stored bytes (weights, scales, bias).
+    latency : milliseconds in the target's runtime; None where nothing was measured, infinite where
+        the runtime failed. memory : the most bytes of activations that are alive while it runs.
+    """
 
     params: int
     macs: int
     size: int
+    latency: float | None = None
+    memory: int = 0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -184,7 +191,10 @@ class Profile(Record):
     """Everything measured once about a network on data.
 
     `fingerprint` ties it to the weights, the data and the target it was measured for. The
-    streamed statistics of the layers are stored beside it (`statistics.safetensors`).
+    streamed statistics of the layers are stored beside it (`statistics.safetensors`). `latency`
+    (milliseconds, None where nothing was measured) and `memory` (bytes of activations) are of the
+    original; the `overhead_` fields are what the network costs beside its listed layers, whatever
+    becomes of them.
     """
 
     model: str
@@ -198,8 +208,16 @@ class Profile(Record):
     layers: tuple[LayerProfile, ...]
     seed: int
     input_shape: tuple[int, ...] = ()
+    latency: float | None = None
+    overhead_latency: float = 0.0
+    memory: int = 0
     format: int = FORMAT
     statistics: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def original(self) -> Cost:
+        """What the original costs."""
+        return Cost(self.params, self.macs, self.size, self.latency, self.memory)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -376,9 +394,13 @@ def _explain(error: ValidationError) -> str:
 
 
 def totals(costs: Mapping[str, Cost]) -> Cost:
-    """The sum of costs."""
+    """The sum of costs; of memory, the greatest. The latency is unknown if one is."""
+    latencies = [c.latency for c in costs.values()]
+    known = [latency for latency in latencies if latency is not None]
     return Cost(
         sum(c.params for c in costs.values()),
         sum(c.macs for c in costs.values()),
         sum(c.size for c in costs.values()),
+        sum(known) if known and len(known) == len(latencies) else None,
+        max((c.memory for c in costs.values()), default=0),
     )

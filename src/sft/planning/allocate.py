@@ -44,7 +44,7 @@ def plan(
     Raises `BudgetError` with what is feasible, or `InputError` for a name or option that is not.
     """
     asked = _asked_options(profile, keep, overrides or {})
-    limits = budget.limits(profile.size, profile.macs)
+    limits = budget.limits(profile.original)
     menus = [_menu(entry, asked.get(entry.layer.name), bool(limits)) for entry in profile.layers]
     rest = _overhead(profile)
     room = {cost: whole_limit(most) - getattr(rest, cost) for cost, most in limits.items()}
@@ -63,7 +63,7 @@ def _assemble(
     asked: Mapping[str, Option],
     solution: Solution,
 ) -> Plan:
-    limited = bool(budget.limits(profile.size, profile.macs))
+    limited = bool(budget.limits(profile.original))
     rows = tuple(
         PlanRow(
             name=entry.layer.name,
@@ -80,7 +80,7 @@ def _assemble(
         budget={k: v for k, v in budget.asked().items() if not isinstance(v, str)},
         rows=rows,
         cost=totals({"": rest} | {row.name: row.cost for row in rows}),
-        original=Cost(profile.params, profile.macs, profile.size),
+        original=profile.original,
         status=solution.status,
         value=solution.value,
         bound=solution.bound,
