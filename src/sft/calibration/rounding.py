@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sft.calibration.factors import factors_of
-from sft.calibration.layer import (
+from sft.profiling.reading import (
     Reading,
     geometry_of_node,
     kernel_rows,

@@ -1,0 +1,207 @@
+"""A network with another layer in the place of one: what it gives then, without running all of it.
+
+Everything before a layer is the same whatever stands in its place. The captured graph is run once,
+node by node, and at each layer only what follows is run again for each stand-in. A layer that has
+no single operator of the graph to itself (it is called more than once, pads by itself, computes its
+weight) is exchanged in the module, and the whole network is run.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from sft.core.copies import copy_module
+from sft.core.errors import InputError
+from sft.core.kernels import KINDS
+from sft.surgery.modules import capture, get_module, replace_module
+
+Values = dict[Node, Any]
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A layer where it stands.
+
+    inputs : what it reads, batch by batch. outputs_with : the network's outputs ``(N, ...)`` with a
+    module in the layer's place. Both are valid until the next place is asked for.
+    """
+
+    name: str
+    inputs: list[Tensor]
+    outputs_with: Callable[[nn.Module], Tensor]
+
+
+def places(
+    network: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Tensor],
+    stand_ins: Mapping[str, nn.Module] | None = None,
+) -> Iterator[Place]:
+    """Every named layer in its place, in the order in which the network runs them.
+
+    network : in eval mode; it is not changed. batches : inputs ``(N, ...)``.
+    stand_ins : modules that take the places of layers for good; `outputs_with` exchanges one of
+    them. `inputs` are then those behind the stand-ins.
+    """
+    others = dict(stand_ins or {})
+    graph = _graph_of(network, batches[0])
+    nodes = {} if graph is None else _own_nodes(graph, network, names)
+    if graph is not None and set(others) <= set(nodes):
+        yield from _in_graph(graph, nodes, batches, others)
+    else:
+        nodes = {}
+    rest = [name for name in names if name not in nodes]
+    if rest:
+        yield from _in_modules(network, rest, batches, others)
+
+
+def _graph_of(network: nn.Module, batch: Tensor) -> GraphModule | None:
+    try:
+        return capture(network, batch[:1])
+    except InputError:
+        return None
+
+
+def _own_nodes(graph: GraphModule, network: nn.Module, names: Sequence[str]) -> dict[str, Node]:
+    """The operator of each layer that is one operator and nothing else."""
+    found: dict[str, Node] = {}
+    for node in graph.graph.nodes:
+        name = str(node.target).removesuffix(".weight")
+        if node.op != "get_attr" or name not in names or len(node.users) != 1:
+            continue
+        module, (user,) = get_module(network, name), node.users
+        plain = type(module) in KINDS.values() and getattr(module, "padding_mode", "") in (
+            "",
+            "zeros",
+        )
+        if plain and user.op == "call_function" and user.args[1] is node:
+            found[name] = user
+    return found
+
+
+def _in_graph(
+    graph: GraphModule,
+    nodes: Mapping[str, Node],
+    batches: Sequence[Tensor],
+    stand_ins: Mapping[str, nn.Module],
+) -> Iterator[Place]:
+    names = {node: name for name, node in nodes.items()}
+    fixed: dict[Node, Map] = {nodes[name]: module for name, module in stand_ins.items()}
+    order = list(graph.graph.nodes)
+    values: list[Values] = [{} for _ in batches]
+    left = {node: len(node.users) for node in order}
+    for index, node in enumerate(order):
+        if node in names:
+
+            def outputs_with(module: nn.Module, index: int = index, node: Node = node) -> Tensor:
+                maps = {**fixed, node: module}
+                remaining, after = dict(left), order[index:]
+                return torch.cat(
+                    [
+                        _outputs(graph, after, dict(known), dict(remaining), batch, maps)
+                        for known, batch in zip(values, batches, strict=True)
+                    ]
+                )
+
+            data = node.args[0]
+            assert isinstance(data, Node)
+            yield Place(names[node], [known[data] for known in values], outputs_with)
+        if node.op == "output":
+            return
+        for known, batch in zip(values, batches, strict=True):
+            known[node] = _value(graph, node, known, batch, fixed)
+        for source in _done(node, left):
+            for known in values:
+                known.pop(source, None)
+
+
+def _outputs(
+    graph: GraphModule,
+    nodes: Sequence[Node],
+    values: Values,
+    left: dict[Node, int],
+    batch: Tensor,
+    maps: Mapping[Node, Map],
+) -> Tensor:
+    """Run the rest of the graph for one batch; its first output, on the processor."""
+    for node in nodes:
+        if node.op == "output":
+            first: Tensor = values[node.all_input_nodes[0]]
+            return first.cpu()
+        values[node] = _value(graph, node, values, batch, maps)
+        for source in _done(node, left):
+            values.pop(source, None)
+    raise AssertionError("a graph ends with its outputs")
+
+
+def _done(node: Node, left: dict[Node, int]) -> Iterator[Node]:
+    """The inputs of a node that nothing else reads after it."""
+    for source in node.all_input_nodes:
+        left[source] -= 1
+        if left[source] == 0:
+            yield source
+
+
+def _value(
+    graph: GraphModule, node: Node, values: Values, batch: Tensor, maps: Mapping[Node, Map]
+) -> Any:
+    if node.op == "placeholder":
+        return batch
+    if node.op == "get_attr":
+        owner, _, last = str(node.target).rpartition(".")
+        return getattr(graph.get_submodule(owner), last)
+    arguments = map_arg(node.args, lambda source: values[source])
+    named = map_arg(node.kwargs, lambda source: values[source])
+    if node in maps:
+        return maps[node](arguments[0])
+    if node.op == "call_module":
+        return graph.get_submodule(str(node.target))(*arguments, **named)
+    if node.op == "call_method":
+        return getattr(arguments[0], str(node.target))(*arguments[1:], **named)
+    assert callable(node.target)
+    return node.target(*arguments, **named)
+
+
+def _in_modules(
+    network: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Tensor],
+    stand_ins: Mapping[str, nn.Module],
+) -> Iterator[Place]:
+    """The same by exchanging modules in a copy of the network and running all of it."""
+    copied = copy_module(network)
+    for name, module in stand_ins.items():
+        replace_module(copied, name, module)
+    for name in names:
+        own = get_module(copied, name)
+
+        def outputs_with(module: nn.Module, name: str = name, own: nn.Module = own) -> Tensor:
+            replace_module(copied, name, module)
+            try:
+                return torch.cat([copied(x).cpu() for x in batches])
+            finally:
+                replace_module(copied, name, own)
+
+        yield Place(name, _inputs_of(copied, own, batches), outputs_with)
+
+
+def _inputs_of(network: nn.Module, layer: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """What a layer reads in all its calls."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append((arguments[0] if arguments else named["input"]).detach())
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for x in batches:
+            network(x)
+    finally:
+        hook.remove()
+    return seen
