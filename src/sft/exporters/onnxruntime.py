@@ -11,12 +11,15 @@ import onnx
 import torch
 from onnx import NodeProto, numpy_helper
 from torch import nn
+from torch.fx import GraphModule
 
 from sft.core.errors import InputError
 from sft.core.files import write_bytes
 from sft.exporters.biases import round_biases
 from sft.exporters.clips import clip_integers, drop_redundant_clips
+from sft.exporters.direct import write_directly
 from sft.exporters.few_bits import raise_opset, store_few_bits
+from sft.exporters.floats import keep_floats
 from sft.exporters.pads import keep_pads_in_integers
 from sft.exporters.slimming import drop_default_attributes, shorten_names, strip_metadata
 from sft.exporters.storage import Storage, read_onnx
@@ -29,6 +32,8 @@ OPSET = 21
 class OnnxRuntimeExporter:
     """`torch.onnx.export(dynamo=True)`, then the graph made small, and fit for integer kernels.
 
+    Converted graphs of plain operators are written directly, to the same bytes (see `direct`).
+
     Weights of few bits are packed (see `few_bits`), which needs ONNX Runtime 1.23 to run, and 1.24
     for 2 bits.
     """
@@ -40,7 +45,9 @@ class OnnxRuntimeExporter:
 
         Raises `InputError` with the cause if the network cannot be written as ONNX.
         """
-        proto = _convert(network, example)
+        graph = network if isinstance(network, GraphModule) else None
+        proto = None if graph is None else write_directly(graph, example, OPSET)
+        proto = proto or _convert(network, example)
         use_global_pooling(proto.graph)
         drop_redundant_clips(proto.graph)
         clip_integers(proto.graph)
@@ -52,6 +59,7 @@ class OnnxRuntimeExporter:
         shorten_names(proto.graph, kept=_own_names(network))
         store_few_bits(proto)
         widen_stored_weights(proto.graph)
+        keep_floats(proto.graph)
         write_bytes(path, proto.SerializeToString(deterministic=True))
 
     def storage(self, path: Path) -> dict[str, Storage]:
