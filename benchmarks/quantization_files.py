@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sft
 from sft.core.data import Loader
-from sft.core.records import DENSE, Artifact, Cost, Option, Plan, PlanRow
+from sft.core.records import DENSE, Artifact, Cost, Option, Plan, PlanRow, totals
 from sft.exporters.base import storage_of
 from sft.exporters.storage import mean_bits
 from sft.models.inspect import inspect
@@ -42,7 +42,7 @@ def dense_plan(network: nn.Module, example: Tensor, bits: int, target: str = TAR
     """Every layer whole, in integers of `bits` bits. example : ``(1, ...)``."""
     layers = inspect(network, example).layers
     costs = [Cost(x.params, x.macs, x.params * bits // 8) for x in layers]
-    whole = Cost(*(sum(values) for values in zip(*map(dataclasses.astuple, costs), strict=True)))
+    whole = totals({layer.name: cost for layer, cost in zip(layers, costs, strict=True)})
     rows = tuple(
         PlanRow(layer.name, Option(DENSE, (), bits), None, cost, "the same for all layers")
         for layer, cost in zip(layers, costs, strict=True)

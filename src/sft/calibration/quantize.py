@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from sft.calibration.blocks import HELD_OUT, reconstruct_blocks
 from sft.calibration.equalize import equalize as equalize_channels
 from sft.calibration.factors import orthonormalize
-from sft.calibration.rounding import How, Rounded, round_weights
-from sft.calibration.samples import Reservoir, samples_that_fit
+from sft.calibration.rounding import MANY, How, round_weights, samples_wanted
+from sft.calibration.samples import Reservoir, quick_layout, samples_that_fit
 from sft.calibration.sensitivity import find_sensitive, first_output, keep_in_float
 from sft.core.data import Loader
 from sft.core.distributed import broadcast_, gather_tensors
@@ -46,8 +46,9 @@ def quantize(
     """Round weights and activations as the plan and the target say, without labels.
 
     First the whole data passes in float: a histogram of every activation gives its range. Then
-    the weights are rounded layer by layer on a few samples that are kept (at most 256, fewer where
-    activations are large), each in the metric of what it will read in integers.
+    the weights are rounded layer by layer on a few samples that are kept, each in the metric of
+    what it will read in integers. They are at most 256: 64 where no layer of at most 6 bits, no
+    refit and no large covariance asks for more, and fewer where activations are large.
 
     target : a target or its name. calibration : batches of inputs, or of (inputs, targets).
     ranges : of activations, a name of `quantizers.ranges`. weight_ranges : the same for weights;
@@ -70,15 +71,17 @@ def quantize(
     choose = known_ranges[ranges]
     for _ in range(2):
         with forked_rng():
-            float_form = observe(small, plan, found, calibration, equalize, refit, seed)
-        model, originals = float_form.model, float_form.originals
+            model = prepare(small, plan, found)
+            samples = MANY if reconstruct else samples_wanted(model, how)
+            float_form = observe(model, device_of(small), calibration, equalize, how, samples)
+        originals, wanted = float_form.originals, float_form.outputs
         set_ranges(model, choose)
         model.set_modes(Mode.ROUND, Mode.ROUND)
         floats = _floats(model) if reconstruct else {}
-        done = round_weights(model, float_form.inputs, how)
+        rounded = round_weights(model, float_form.inputs, how)
         broadcast_([*model.parameters(), *model.buffers()])
         reasons = (
-            find_sensitive(model, originals, float_form.inputs, done.plain, done.rounded)
+            find_sensitive(model, originals, float_form.inputs, wanted, rounded)
             if spare_sensitive
             else {}
         )
@@ -88,51 +91,57 @@ def quantize(
             say(f"  {name}: {reason}")
         plan = keep_in_float(plan, reasons)
     if reconstruct:
-        _reconstruct(model, float_form.inputs, floats, done, reconstruct, seed)
+        _reconstruct(model, float_form, floats, rounded, reconstruct, seed)
     return model
 
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """A prepared network still in float, with what it showed.
+    """What a network showed in float.
 
     originals : its weights by parameter name. inputs : the samples that were kept, in batches.
+    outputs : what it gave for them in float, ``(N, ...)``.
     """
 
-    model: QuantizedModel
     originals: dict[str, Tensor]
     inputs: list[Tensor]
+    outputs: Tensor
 
 
 def observe(
-    small: nn.Module,
-    plan: Plan,
-    target: Target,
+    model: QuantizedModel,
+    device: torch.device,
     calibration: Loader,
     even: bool,
-    gauge: bool,
-    seed: int,
+    how: How,
+    samples: int,
 ) -> Observed:
-    """Pass all data in float: histograms of the activations, and a few samples of it.
+    """Pass all data through a prepared network in float: histograms, and a few samples of it.
 
-    even : equalise channels first, which takes one more pass. gauge : give last factors
-    orthonormal columns.
+    even : equalise channels first, which takes one more pass. samples : at most so many are kept.
     """
-    model = prepare(small, plan, target)
-    if gauge:
-        orthonormalize(model, plan)
-    device = device_of(small)
+    if how.refit:
+        orthonormalize(model, model.plan)
     if even:
         model.set_modes(Mode.PASS, Mode.PASS)
-        equalize_channels(model, lambda: batches(calibration, device, None, seed))
+        equalize_channels(model, lambda: batches(calibration, device, None, how.seed))
     model.set_modes(Mode.OBSERVE, Mode.PASS)
-    kept = Reservoir(samples_that_fit(model.graph_module), seed)
-    for x in batches(calibration, device, None, seed):
-        model(x)
+    limit = samples_that_fit(model.graph_module, samples)
+    kept, given = Reservoir(limit, how.seed), Reservoir(limit, how.seed)
+    arrange = quick_layout(model.graph_module)
+    for x in batches(calibration, device, None, how.seed):
         kept.add(x)
+        given.add(first_output(model(arrange(x))))
     kept.share()
+    inputs = kept.batches()
+    if given.seen == kept.seen:
+        given.share()
+        outputs = given.batches()
+    else:  # they do not count samples along their first axis
+        model.set_modes(Mode.PASS, Mode.PASS)
+        outputs = [first_output(model(x)) for x in inputs]
     originals = {name: weight.detach().clone() for name, (weight, _) in model.weights().items()}
-    return Observed(model, originals, kept.batches())
+    return Observed(originals, inputs, torch.cat(outputs))
 
 
 def _floats(model: QuantizedModel) -> dict[str, Tensor]:
@@ -142,18 +151,17 @@ def _floats(model: QuantizedModel) -> dict[str, Tensor]:
 
 def _reconstruct(
     model: QuantizedModel,
-    inputs: list[Tensor],
+    shown: Observed,
     floats: dict[str, Tensor],
-    done: Rounded,
+    rounded: Tensor,
     steps: int,
     seed: int,
 ) -> None:
     """Reconstruct the blocks in place, if that helps the outputs for samples held out from it."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    reconstruct_blocks(model, inputs, floats, steps=steps, seed=seed)
-    judge = torch.cat(inputs)[::HELD_OUT]
-    wanted, rounded = done.plain[::HELD_OUT], done.rounded[::HELD_OUT]
-    if divergence(wanted, first_output(model(judge))) >= divergence(wanted, rounded):
+    reconstruct_blocks(model, shown.inputs, floats, steps=steps, seed=seed)
+    judge, wanted = (x[::HELD_OUT] for x in (torch.cat(shown.inputs), shown.outputs))
+    if divergence(wanted, first_output(model(judge))) >= divergence(wanted, rounded[::HELD_OUT]):
         say("  block reconstruction is dropped: the network's outputs are no closer")
         model.load_state_dict(before)
 

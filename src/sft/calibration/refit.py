@@ -21,5 +21,5 @@ def refit(
     """
     data = node.args[0]
     assert isinstance(data, Node)
-    plain = walk.run(node, walk.plain, rounding=False)
-    return solve_rows(rows, geometry, walk.rounded[data], plain, seed)
+    walk.plain[node] = walk.run(node, walk.plain, rounding=False)
+    return solve_rows(rows, geometry, walk.rounded[data], walk.plain[node], seed)

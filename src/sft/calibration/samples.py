@@ -1,5 +1,7 @@
 """A few samples that stand for all: drawn from the whole loader, within a limit of memory."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -7,7 +9,8 @@ from torch.fx import GraphModule, Node
 from sft.core.distributed import gather_tensors, is_distributed
 from sft.core.errors import InputError
 
-SAMPLES = 256
+aten = torch.ops.aten
+BOUND_TO_LAYOUT = {aten.view.default, aten.view_as.default, aten.as_strided.default}
 NUMBERS = 2**28  # of activations that may be alive at a time, over all kept samples
 
 
@@ -51,7 +54,23 @@ class Reservoir:
         return [torch.stack(part) for part in parts]
 
 
-def samples_that_fit(graph: GraphModule, most: int = SAMPLES, paths: int = 2) -> int:
+def quick_layout(graph: GraphModule) -> Callable[[Tensor], Tensor]:
+    """What puts a batch into the memory layout in which the graph runs fastest.
+
+    Convolutions of images run up to a third faster with channels last; a graph that looks at memory
+    directly (`view`) gets its batches as they are.
+    """
+    targets = {node.target for node in graph.graph.nodes}
+
+    def arrange(x: Tensor) -> Tensor:
+        if x.ndim != 4 or targets & BOUND_TO_LAYOUT:
+            return x
+        return x.contiguous(memory_format=torch.channels_last)
+
+    return arrange
+
+
+def samples_that_fit(graph: GraphModule, most: int, paths: int = 2) -> int:
     """How many samples can pass a graph side by side, `paths` times, within `NUMBERS`."""
     alive = peak = 0
     left: dict[Node, int] = {}

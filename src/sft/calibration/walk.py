@@ -1,8 +1,8 @@
-"""A captured graph run node by node over several batches, in float and with rounding, in step.
+"""A captured graph run node by node over several batches, with rounding and in float, in step.
 
 At every node both paths have arrived there: what the layers before were rounded to is already in
-the rounded path, so that a layer can be fitted to what it will really see. A value is dropped
-after its last use.
+the rounded path, so that a layer can be fitted to what it will really see. The float path ends
+where nobody asks for it any more. A value is dropped after its last use.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,35 +19,46 @@ Values = dict[Node, list[Any]]
 
 
 class Walk:
-    """The float path (`plain`) and the path with rounding (`rounded`), each a list by batch."""
+    """The float path (`plain`) and the path with rounding (`rounded`), each a list by batch.
 
-    def __init__(self, graph: GraphModule, batches: Sequence[Tensor]) -> None:
-        self.graph, self.batches = graph, batches
+    plain_until : the last node whose float value is wanted; None if none is.
+    """
+
+    def __init__(
+        self, graph: GraphModule, batches: Sequence[Tensor], plain_until: Node | None = None
+    ) -> None:
+        self.graph, self.batches, self.plain_until = graph, batches, plain_until
         self.plain: Values = {}
         self.rounded: Values = {}
         self._left = {node: len(node.users) for node in graph.graph.nodes}
 
     def __iter__(self) -> Iterator[Node]:
-        """Each node when its inputs are there; then both paths run it unless its values are set."""
+        """Each node when its inputs are there; then each path runs it unless its value is set."""
+        plain = self.plain_until is not None
         for node in self.graph.graph.nodes:
             if node.op == "output":
                 return
             if node.op == "get_attr":
                 value = _attribute(self.graph, str(node.target))
-                self.plain[node] = [value.detach().clone()]
                 self.rounded[node] = [value]
+                if plain:
+                    self.plain[node] = [value.detach().clone()]
                 continue
             yield node
-            if node not in self.plain:
+            if plain and node not in self.plain:
                 self.plain[node] = self.run(node, self.plain, rounding=False)
+            if node not in self.rounded:
                 self.rounded[node] = self.run(node, self.rounded, rounding=True)
             self._drop(node)
+            if node is self.plain_until:
+                plain = False
+                self.plain.clear()
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """The network's first outputs for all batches, in float and rounded, after the walk."""
+    def outputs(self) -> Tensor:
+        """The network's first outputs for all batches, rounded, after the walk."""
         last = next(iter(reversed(self.graph.graph.nodes)))
         first = next(n for n in last.all_input_nodes)
-        return torch.cat(self.plain[first]), torch.cat(self.rounded[first])
+        return torch.cat(self.rounded[first])
 
     def run(self, node: Node, values: Values, rounding: bool) -> list[Any]:
         """What the node gives for each batch on one path."""

@@ -5,6 +5,7 @@ their scales and zero points into the integers of the file.
 """
 
 import enum
+import math
 from typing import Any
 
 import torch
@@ -172,11 +173,18 @@ class WeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
 
 def thinned(x: torch.Tensor) -> torch.Tensor:
-    """Every so many values of a large tensor, and its least and greatest, for a histogram."""
-    values = x.flatten()
+    """Every so many values of a large tensor, and its least and greatest, for a histogram.
+
+    They are taken in the order in which they lie in memory, so that nothing is copied; the step
+    shares no factor with the number of values, so that it meets every channel.
+    """
+    order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
+    values = x.permute(order).flatten()
     stride = values.numel() // VALUES
     if stride < 2:
         return values
+    while math.gcd(stride, values.numel()) > 1:
+        stride -= 1
     return torch.cat([values[::stride], *(end.reshape(1) for end in torch.aminmax(values))])
 
 
