@@ -45,17 +45,27 @@ class Runner:
         RUNTIMES[runtime]
         if threads < 1:
             raise InputError(f"threads={threads}: at least 1 is wanted.")
-        if not self.path.is_file():
-            raise InputError(f"Cannot run '{path}': there is no such file.")
+        _check_file(self.path)
         self._scratch = tempfile.TemporaryDirectory(prefix="sft-")
         self._log = Path(self._scratch.name) / "stderr"
         self._process = self._start()
         try:
-            request = {"runtime": runtime, "path": str(self.path.resolve()), "threads": threads}
-            self.input = self._checked_input(self._ask({"do": "load", **request})[0])
+            self.load(path)
         except BaseException:
             self.close()
             raise
+
+    def load(self, path: str | Path) -> None:
+        """Let the same child load another file in place of the one that it has.
+
+        Raises as the constructor does. A child that refuses a file has none, but can load the next;
+        one that crashed cannot.
+        """
+        self.path = Path(path)
+        _check_file(self.path)
+        found = {"path": str(self.path.resolve()), "threads": self.threads}
+        reply, _ = self._ask({"do": "load", "runtime": self.runtime, **found})
+        self.input = self._checked_input(reply)
 
     @property
     def pid(self) -> int:
@@ -92,7 +102,7 @@ class Runner:
     def peak_memory(self) -> int:
         """Greatest resident memory of the child so far, in bytes (0: the system does not tell).
 
-        Ask before `place`, which loads the file a second time.
+        Of all files that it loaded: ask before `place`, which loads the file a second time.
         """
         return int(self._ask({"do": "memory"})[0]["bytes"])
 
@@ -228,6 +238,11 @@ def predict_with(runner: Runner) -> "Callable[[torch.Tensor], torch.Tensor]":
         return torch.from_numpy(runner.run(given))
 
     return predict
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"Cannot run '{path}': there is no such file.")
 
 
 def _timing(seconds: list[float], peak_memory: int, threads: int) -> Timing:

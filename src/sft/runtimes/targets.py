@@ -11,6 +11,7 @@ from sft.core.errors import InputError
 from sft.core.records import Target
 
 FOLDER = Path(__file__).with_suffix("")
+ARM = "arm64"
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("torch", "torchao", "onnx", "onnxruntime")
 
@@ -39,10 +40,15 @@ def find_target(name: str) -> Target:
     )
 
 
+def can_run(target: Target) -> bool:
+    """Whether the machine at hand multiplies a target's integers as the target does."""
+    return (instruction_set() == ARM) == (target.instruction_set == ARM)
+
+
 def instruction_set() -> str:
     """Which integer kernels the machine at hand runs well: "arm64", "vnni" or "avx2"."""
     if platform.machine().lower() in ("arm64", "aarch64"):
-        return "arm64"
+        return ARM
     flags = _cpuinfo().get("flags", "").split()
     return "vnni" if "avx512_vnni" in flags or "avx_vnni" in flags else "avx2"
 

@@ -56,6 +56,7 @@ class Worker:
         return self._adapter
 
     def _load(self, header: Header, array: Array | None) -> Reply:
+        self._adapter = self._sample = None
         module, name = RUNTIMES[header["runtime"]].split(":")
         kind: type[Adapter] = getattr(importlib.import_module(module), name)
         self._adapter = kind(header["path"], header["threads"])
