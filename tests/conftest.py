@@ -1,5 +1,8 @@
 """A small network and made data that many tests share."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -61,6 +64,15 @@ def trained_net() -> SmallNet:
             nn.functional.cross_entropy(net(x), y).backward()
             optimizer.step()
     return net.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Latencies that tests measure are remembered for the session, apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,8 @@ RUNGS = {
     "verification": 6,
     "pipeline": 7,
     "accuracy_floor": 7,
+    "measure": 7,
+    "planned": 7,
     "job": 7,
     "outcome": 7,
     "workspace": 7,

@@ -33,9 +33,11 @@ _HOMES = {
     "load_data": "sft.models.data",
     "load_model": "sft.models.load",
     "plan": "sft.planning.allocate",
-    "profile": "sft.profiling.profile",
+    "profile": "sft.measure",
     "quantize": "sft.calibration.quantize",
     "reconstruct": "sft.training.reconstruct",
+    "plan_in_place": "sft.planned",
+    "remeasure": "sft.profiling.remeasure",
     "report": "sft.reporting.html",
     "top1": "sft.core.data",
     "verify": "sft.verification.parity",
@@ -64,13 +66,15 @@ if TYPE_CHECKING:
     from sft.decompositions import factorize as factorize
     from sft.exporters import export as export
     from sft.exporters import load as load
+    from sft.measure import profile as profile
     from sft.models.data import load_data as load_data
     from sft.models.inspect import inspect as inspect
     from sft.models.load import load_model as load_model
     from sft.pipeline import Result as Result
     from sft.pipeline import compress as compress
+    from sft.planned import plan_in_place as plan_in_place
     from sft.planning.allocate import plan as plan
-    from sft.profiling.profile import profile as profile
+    from sft.profiling.remeasure import remeasure as remeasure
     from sft.reporting.html import report as report
     from sft.runtimes.runner import benchmark as benchmark
     from sft.surgery.apply import apply as apply

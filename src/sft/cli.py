@@ -62,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     plan = _verb(verbs, "plan", "choose one option a layer from a profile", commands.plan)
     plan.add_argument("profile", metavar="PROFILE_DIR")
     _limits(plan)
+    plan.add_argument("--method", choices=("exact", "lagrangian"), default="exact")
+    plan.add_argument("--front", metavar="FILE", help="write the front of the whole network")
+    plan.add_argument("--front-cost", choices=("size", "latency"), default="size")
     _out(plan, None, "PLAN.json")
     _plan_verbs(verbs)
     verify = _verb(
@@ -154,17 +157,27 @@ def _measuring(verb: argparse.ArgumentParser) -> None:
 def _budget(verb: argparse.ArgumentParser) -> None:
     _limits(verb)
     verb.add_argument("--max-drop", type=float, help="of the score, in its own unit")
-    verb.add_argument("--minimize", choices=("size", "macs"), help="as far as --max-drop allows")
+    verb.add_argument(
+        "--minimize", choices=("size", "macs", "latency"), help="as far as --max-drop allows"
+    )
 
 
 def _limits(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--size", type=float, help="fraction of the original file")
     verb.add_argument("--macs", type=float, help="fraction of the original MACs")
+    verb.add_argument("--latency", type=float, help="fraction of the original latency")
+    verb.add_argument("--memory", type=float, help="fraction of the original activation memory")
     verb.add_argument("--size-bytes", type=int)
     verb.add_argument("--macs-count", type=int)
+    verb.add_argument("--latency-ms", type=float)
+    verb.add_argument("--memory-bytes", type=int)
     verb.add_argument(
         "--keep", action="append", default=[], metavar="LAYER", help="stays float (pattern; repeat)"
     )
+    verb.add_argument(
+        "--option", action="append", default=[], metavar="LAYER=SCHEME:RANK@BITS",
+        help="set by hand (pattern; repeat)",
+    )  # fmt: skip
 
 
 def _training(verb: argparse.ArgumentParser) -> None:

@@ -6,27 +6,29 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.core.budget import Budget
 from sft.core.errors import InputError, VerificationError
 from sft.core.progress import say
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from sft.core.budget import Budget
     from sft.core.data import Data, Evaluate
-    from sft.core.records import Artifact, Plan, Record
+    from sft.core.records import Artifact, Option, Plan, Record
     from sft.job import Training
 
 DEMO_OUT = "out/demo"
-DEMO_BUDGET = Budget(size=0.1, macs=0.34, max_drop=0.005)
+DEMO_LIMITS = {"size": 0.1, "macs": 0.34, "max_drop": 0.005}
 
 
 def demo(options: argparse.Namespace) -> int:
     """The main job on the embedded network and data."""
     options.model, options.data, options.weights = "fashion-resnet", "fashion-mnist", None
-    options.evaluate, options.keep = "top1", []
+    options.evaluate, options.keep, options.option = "top1", [], []
     options.steps = options.integer_steps = options.learning_rate = None
-    return _compress(options, DEMO_BUDGET)
+    from sft.core.budget import Budget
+
+    return _compress(options, Budget(**DEMO_LIMITS))
 
 
 def compress(options: argparse.Namespace) -> int:
@@ -63,9 +65,13 @@ def profile(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     from sft.planning.allocate import plan
-    from sft.profiling.profile import load_profile
+    from sft.planning.front import front
+    from sft.profiling.store import load_profile
 
-    chosen = plan(load_profile(options.profile), _budget(options), options.keep)
+    measured, fixed = load_profile(options.profile), _overrides(options)
+    chosen = plan(measured, _budget(options), options.keep, fixed, options.method)
+    if options.front:
+        front(measured, options.front_cost, keep=options.keep, overrides=fixed).save(options.front)
     if options.out:
         chosen.save(options.out)
     return _print(options, str(chosen), chosen)
@@ -168,12 +174,13 @@ def list_known(options: argparse.Namespace) -> int:
     return _say(options, known)
 
 
-def _compress(options: argparse.Namespace, budget: Budget) -> int:
+def _compress(options: argparse.Namespace, budget: "Budget") -> int:
     from sft.pipeline import compress
 
     result = compress(
         _model(options), _data(options), budget, evaluate=_evaluate(options),
-        target=options.target, out=options.out, keep=options.keep, training=_training(options),
+        target=options.target, out=options.out, keep=options.keep, overrides=_overrides(options),
+        training=_training(options),
         name=options.model, seed=options.seed, threads=options.threads,
     )  # fmt: skip
     print(json.dumps(result.data, indent=1) if options.json else result.summary)
@@ -216,11 +223,37 @@ def _evaluate(options: argparse.Namespace) -> "Evaluate | None":
     return found
 
 
-def _budget(options: argparse.Namespace) -> Budget:
+def _budget(options: argparse.Namespace) -> "Budget":
+    from sft.core.budget import Budget
+
     names = [f.name for f in dataclasses.fields(Budget)]
     return Budget(
         **{n: getattr(options, n) for n in names if getattr(options, n, None) is not None}
     )
+
+
+def _overrides(options: argparse.Namespace) -> "dict[str, Option]":
+    """Options set by hand: LAYER=SCHEME[:RANK[,RANK]][@BITS], 8 bits if none are given."""
+    from sft.core.records import Option
+
+    found = {}
+    for text in options.option:
+        layer, equals, said = text.rpartition("=")
+        whole, at, bits = said.partition("@")
+        scheme, _, ranks = whole.partition(":")
+        try:
+            if not (layer and equals and scheme):
+                raise ValueError("a part is missing")
+            width = None if bits == "float" else int(bits) if at else 8
+            rank = tuple(int(side) for side in ranks.split(",")) if ranks else ()
+            found[layer] = Option(scheme, rank, width)
+        except ValueError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise InputError(
+                f"--option {text}: LAYER=SCHEME:RANK@BITS is wanted, for example "
+                f"'layer1.*=channel_in:16@8', 'fc=dense@4' or 'stem=keep' ({reason})."
+            ) from None
+    return found
 
 
 def _measuring(options: argparse.Namespace) -> dict[str, Any]:
@@ -241,7 +274,7 @@ def _training(options: argparse.Namespace) -> "Training":
 def _plan(options: argparse.Namespace) -> "Plan":
     from sft.core.records import Plan
     from sft.core.statistics import load_statistics
-    from sft.profiling.profile import STATISTICS_FILE
+    from sft.profiling.store import STATISTICS_FILE
 
     chosen = Plan.load(options.plan)
     folder = Path(options.profile) if options.profile else Path(options.plan).parent / "profile"

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,16 +21,20 @@ from sft.core.errors import InputError
 from sft.core.files import write_text
 from sft.core.progress import say
 from sft.core.randomness import forked_rng
-from sft.core.records import STORED, Artifact, Check, Plan, Profile, Target, Timing
+from sft.core.records import STORED, Artifact, Check, Option, Plan, Profile, Target, Timing
 from sft.exporters import export, save_packed
+from sft.measure import profile
 from sft.outcome import describe, score_file
-from sft.profiling.profile import fingerprint, profile, save_profile
+from sft.planned import plan_in_place
+from sft.profiling.profile import fingerprint, save_profile
 from sft.reporting.html import report
 from sft.runtimes.runner import benchmark_interleaved
+from sft.runtimes.targets import can_run
 from sft.surgery.apply import apply
 from sft.surgery.modules import fold_batch_norm
 from sft.surgery.quantize import QuantizedModel
 from sft.training.finetune import finetune
+from sft.training.reconstruct import reconstruct
 from sft.verification.parity import agreement_with, verify
 from sft.workspace import Workspace
 
@@ -103,9 +107,28 @@ class Job:
     def profile(self) -> Profile:
         def measure() -> Profile:
             say("profile")
-            return profile(self.model, self.data, self.target.name, name=self.name, seed=self.seed)
+            return profile(
+                self.model, self.data, self.target.name, latency=can_run(self.target),
+                threads=self.threads, name=self.name, seed=self.seed,
+                resume=self.work.root / "unfinished",
+            )  # fmt: skip
 
         return self._timed("profile", lambda: self.work.profiled(measure))
+
+    def plan(
+        self,
+        measured: Profile,
+        budget: Budget,
+        keep: Sequence[str],
+        overrides: Mapping[str, Option] | None,
+    ) -> Plan:
+        return self._timed(
+            "plan",
+            lambda: plan_in_place(
+                measured, budget, self.model, self.data,
+                keep=keep, overrides=overrides, seed=self.seed,
+            ),
+        )  # fmt: skip
 
     def export_original(self) -> Artifact:
         path = self.work.staged / f"original{self.target.suffix}"
@@ -121,10 +144,12 @@ class Job:
         )
 
     def build(self, plan: Plan) -> Made:
-        """From a plan to the exported file: split, fine-tune, quantise, fine-tune, export."""
+        """From a plan to the exported file: split, fit, fine-tune, quantise, fine-tune, export."""
         key = hashlib.sha256("".join(str(r.option) for r in plan.rows).encode()).hexdigest()[:12]
         training, calibration = self.training, self.data.calibration
         small = self._timed("apply", lambda: apply(self.model, plan))
+        if any(row.option.rank for row in plan.rows):
+            small = self._timed("reconstruct", lambda: self._fit(small))
         small = self._tune(f"{key}-float", small, training.steps, training.learning_rate)
         rounded = self._timed("quantise", lambda: quantize(small, plan, self.target, calibration))
         rounded = self._tune(
@@ -133,6 +158,10 @@ class Job:
         path = self.work.root / f"{key}{self.target.suffix}"
         artifact = self._timed("export", lambda: export(rounded, plan, path, self.target.name))
         return Made(rounded, artifact)
+
+    def _fit(self, small: nn.Module) -> nn.Module:
+        say("fit the split layers")
+        return reconstruct(small, self.model, self.data.calibration, seed=self.seed)
 
     def _tune(self, stage: str, network: M, steps: int, learning_rate: float) -> M:
         def run(module: M, state: Path) -> M:

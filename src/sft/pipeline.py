@@ -15,7 +15,6 @@ from sft.core.progress import say
 from sft.core.randomness import forked_rng
 from sft.core.records import Artifact, Check, Option, Plan
 from sft.job import Job, Made, Training
-from sft.planning.allocate import plan as make_plan
 from sft.reporting.table import summary
 from sft.runtimes.targets import find_target
 from sft.surgery.quantize import QuantizedModel
@@ -98,10 +97,11 @@ def compress(
             return Trial(made.model.plan, job.score(made.artifact, validation), made)
 
         trial = search(
-            measured, budget, score, attempt, lambda b: make_plan(measured, b, keep, overrides)
+            measured, budget, score, attempt, lambda b: job.plan(measured, b, keep, overrides)
         )
         say(f"validation score of the exported file: {trial.score:.4f}")
         outcome, check = job.prove(measured, trial, budget, before, score)
+        outcome["budget"]["trials"] = [dataclasses.asdict(e) for e in trial.log]
         job.deliver(outcome, measured, trial.plan)
     path = str(job.work.out / f"model{job.target.suffix}")
     artifact = dataclasses.replace(trial.made.artifact, path=path)

@@ -1,9 +1,12 @@
 """What the user asks for."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from sft.core.errors import InputError
-from sft.core.records import Cost
+
+if TYPE_CHECKING:
+    from sft.core.records import Cost
 
 MINIMIZED = ("size", "macs", "latency")
 FRACTIONS = ("size", "macs", "latency", "memory")
@@ -57,7 +60,7 @@ class Budget:
         if self.minimize is not None and self.max_drop is None:
             raise InputError("Budget minimize= needs max_drop=: how far may the score fall?")
 
-    def limits(self, original: Cost) -> dict[str, float]:
+    def limits(self, original: "Cost") -> dict[str, float]:
         """Absolute upper limits by cost name, for an original of these costs.
 
         Raises `InputError` for a fraction of a latency that was not measured.

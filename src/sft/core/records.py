@@ -178,12 +178,28 @@ class Candidate(Record):
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Anchor(Record):
+    """An option whose damage was measured by running the network with it; `error` as predicted."""
+
+    option: Option
+    error: float
+    damage: float
+
+
+@dataclass(frozen=True, config=_STRICT)
 class LayerProfile(Record):
-    """A layer's menu. `alphas` (by scheme, measured) turn relative output error into damage."""
+    """A layer's menu, and what it was made from.
+
+    `alphas`: damage per unit of relative output error, by scheme, at the middle one of the measured
+    `anchors`. `scale`: by how much the damages of the menu were corrected with a chosen network in
+    place (see `remeasure`).
+    """
 
     layer: Layer
     alphas: dict[str, float]
     candidates: tuple[Candidate, ...]
+    anchors: tuple[Anchor, ...] = ()
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -211,6 +227,7 @@ class Profile(Record):
     latency: float | None = None
     overhead_latency: float = 0.0
     memory: int = 0
+    overhead_memory: int = 0
     format: int = FORMAT
     statistics: Any = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -283,6 +300,32 @@ class Plan(Record):
 
 
 @dataclass(frozen=True, config=_STRICT)
+class FrontPoint(Record):
+    """A whole network: what it costs, its predicted damage, and a proven lower bound of the damage
+    at that cost. `layers` says in words what becomes of each layer.
+    """
+
+    cost: Cost
+    damage: float
+    bound: float
+    layers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Front(Record):
+    """The least damage at each cost ("size" or "latency"), from the cheapest network up.
+
+    No point is beaten by another: with rising cost the damage falls.
+    """
+
+    model: str
+    target: str
+    cost: str
+    points: tuple[FrontPoint, ...]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Layout(Record):
     """How a target stores and multiplies integers.
 
@@ -306,7 +349,8 @@ class Target(Record):
     `operators` are the graph operators that stay in integers; `lane` is the multiple on which
     ranks run well, `output_lane` that of the output channels of a kxk kernel; `layer_bytes` is what
     one quantised layer adds to a file beside its weights. `schemes` are the decompositions that are
-    planned with unless others are asked for: those that are known to run well there.
+    planned with unless others are asked for: those that are known to run well there. `stored_bits`
+    are the widths in which its files hold weights; another takes the next wider one.
     """
 
     name: str
@@ -319,6 +363,7 @@ class Target(Record):
     output_lane: int
     note: str
     layer_bytes: int = 0
+    stored_bits: tuple[int, ...] = (8,)
     schemes: tuple[str, ...] = ("channel_in", "channel_out")
     format: int = FORMAT
 

@@ -1,20 +1,18 @@
-"""One call of HiGHS: pick one option per group, minimise a sum, obey upper limits on other sums."""
+"""The calls of HiGHS: pick one option per group, minimise a sum, obey limits on other sums."""
 
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import scipy.sparse
-from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from sft.core.errors import SFTError
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.intp]
+from sft.planning.table import Floats, Ints
 
 
 def choose(
@@ -61,6 +59,29 @@ def choose(
     picked = [a + int(np.argmax(result.x[a:b])) for a, b in pairwise(starts)]
     dual = result.fun if result.mip_dual_bound is None else result.mip_dual_bound
     return np.array(picked, dtype=np.intp), float(dual)
+
+
+def prices(objective: Floats, group: Ints, rows: Floats) -> Floats | None:
+    """What one more unit of each limited sum is worth when fractions of options may be picked.
+
+    objective : ``(N,)``. group : as for `choose`. rows : ``(K, N)``, sums of at most 1.
+    Returns ``(K,)``, none below 0; None when infeasible. Raises `SFTError` when HiGHS gives up.
+    """
+    count, groups = len(objective), int(group[-1]) + 1
+    one_each = scipy.sparse.csr_array(
+        (np.ones(count), (group, np.arange(count))), shape=(groups, count)
+    )
+    with native_output_to_stderr():
+        result = linprog(
+            objective, A_ub=rows, b_ub=np.ones(len(rows)),
+            A_eq=cast(Any, one_each), b_eq=np.ones(groups), method="highs",
+        )  # fmt: skip
+    if result.status == 2:
+        return None
+    if result.status != 0:
+        raise SFTError(f"The solver HiGHS gave up on the plan: {result.message}")
+    found: Floats = np.maximum(-result.ineqlin.marginals, 0.0)
+    return found
 
 
 @contextmanager

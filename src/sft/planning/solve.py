@@ -1,29 +1,33 @@
 """The multiple-choice knapsack: one option per layer, least damage, costs within their limits.
 
-On plain arrays, exact, by mixed-integer programming (HiGHS through scipy), one binary a (layer,
-option). Before that, what cannot be in an optimal answer is left out (it does not fit, or another
-option of the layer is no worse in anything), and everything is counted as excess over the layer's
-lowest and scaled by the room that is left, so that the solver's tolerances mean nothing. Whatever
-the solver says is checked against the limits here.
+On plain arrays. What cannot be in an optimal answer is left out first (it does not fit, or another
+option of the layer is no worse in anything). The Lagrangian relaxation then gives a bound, and a
+good answer beside it; an option that would lift the bound above that answer is left out too. What
+remains, a few options a layer, is solved exactly by mixed-integer programming (HiGHS), one binary a
+(layer, option). Everything is counted as excess over the layer's lowest and scaled by the room
+that is left, so that the solver's tolerances mean nothing, and whatever it says is checked against
+the limits here.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sft.core.errors import InputError, SFTError
-from sft.planning.highs import Floats, Ints, choose
+from sft.planning.highs import choose
+from sft.planning.lagrangian import Relaxation, good_answer, improved, limited_rows, relax
+from sft.planning.table import SLACK, Floats, Ints, Table, affordable, flatten, undominated
 
-SLACK = 1e-12  # of a limit: what rounding of a sum may exceed it by
+METHODS = ("exact", "lagrangian")
 TIE = 1e-9  # of the damage: how much the lower cost of one of two equal answers counts
 OBJECTIVE_SCALE = 1e6
 ROW_SCALE = 1e4
 ROUGH_GAP = 1e-2
 TRIES = 50
+PROVEN = 1e-9  # relative gap below which an answer counts as optimal
+COARSE = 1e-2  # an answer this far below the greatest damage: the relaxation is scaled anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Solution:
     choice : index of the option of each layer; empty when infeasible.
     value : summed damage of the choice; bound : no choice within the limits has less;
     gap : ``(value - bound) / |value|``. Infinite, infinite and 0 when infeasible.
-    status : "optimal" or "infeasible", `message` says it in words.
+    status : "optimal", "feasible" (it fits, and the gap is open) or "infeasible"; `message` says it
+    in words.
     feasible : lowest reachable total of each cost alone.
     """
 
@@ -46,93 +51,92 @@ class Solution:
     feasible: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Menu:
-    """The options of all layers in one row, each array ``(N,)``; no layer is without one."""
-
-    layer: Ints
-    option: Ints
-    damage: Floats
-    costs: dict[str, Floats]
-
-    def only(self, mask: NDArray[np.bool_]) -> "_Menu":
-        costs = {name: cost[mask] for name, cost in self.costs.items()}
-        return _Menu(self.layer[mask], self.option[mask], self.damage[mask], costs)
-
-    def lowest(self, values: Floats) -> Floats:
-        """The least value in each layer."""
-        starts = np.flatnonzero(np.diff(self.layer, prepend=-1))
-        least: Floats = np.minimum.reduceat(values, starts)
-        return least
-
-    def excess(self, values: Floats) -> Floats:
-        """How much more each option has than the least in its layer."""
-        above: Floats = values - self.lowest(values)[self.layer]
-        return above
-
-
 def solve(
-    damages: Sequence[NDArray[np.float64]],
-    costs: Mapping[str, Sequence[NDArray[np.float64]]],
+    damages: Sequence[Floats],
+    costs: Mapping[str, Sequence[Floats]],
     limits: Mapping[str, float],
+    method: str = "exact",
 ) -> Solution:
     """Choose one option per layer with the least summed damage.
 
     damages : ``damages[l][o]``, damage of option `o` in layer `l`.
     costs : the same shape for each cost name; a cost without a limit only breaks ties.
     limits : the most the sum of that cost may be.
+    method : "exact", or "lagrangian": faster, near the optimum, and how near is in `gap`.
     An option with a non-finite damage or cost is forbidden. Equal damage goes to the lower cost.
     Raises `InputError` when the arrays do not belong together.
     """
-    _check(damages, costs, limits)
-    menu = _flatten(damages, costs)
-    missing = sorted(set(range(len(damages))) - set(menu.layer.tolist()))
+    _check(damages, costs, limits, method)
+    table = flatten(damages, costs)
+    missing = sorted(set(range(len(damages))) - set(table.layer.tolist()))
     if missing:
         return _infeasible(
             f"Layer {missing[0]} has no allowed option: the damage or a cost of each of its "
             f"{len(damages[missing[0]])} options is not finite.",
             {},
         )
-    lowest = {n: math.fsum(menu.lowest(c)) if len(c) else 0.0 for n, c in menu.costs.items()}
+    lowest = {n: math.fsum(table.lowest(c)) if len(c) else 0.0 for n, c in table.costs.items()}
     for name, most in limits.items():
         if lowest[name] > most + SLACK * abs(most):
             return _infeasible(_too_little(name, lowest[name], limits), lowest)
-    found = _optimum(menu, limits) if damages else ((), 0.0, 0.0)
+    found = _optimum(table, limits, method) if damages else ((), 0.0, 0.0)
     if found is None:
         return _infeasible("Each limit can be met alone, but not all together.", lowest)
-    choice, value, bound = found
-    return _optimal(choice, value, bound, lowest)
+    return _solved(*found, lowest)
 
 
 def _optimum(
-    menu: _Menu, limits: Mapping[str, float]
+    table: Table, limits: Mapping[str, float], method: str
 ) -> tuple[tuple[int, ...], float, float] | None:
-    """Choice, value and bound; None when the limits cannot be met together.
-
-    A rough answer first: no option whose excess damage alone is above it can be in a better one,
-    and the rest is then solved exactly, in units of it.
-    """
-    fitting = _affordable(menu, limits)
+    """Choice, value and bound; None when the limits cannot be met together."""
+    fitting = affordable(table, limits)
     if fitting is None:
         return None
-    menu = _undominated(fitting)
-    base = math.fsum(menu.lowest(menu.damage))
-    above = menu.excess(menu.damage)
-    rough = _search(menu, limits, float(above.max()), ROUGH_GAP)
-    if rough is None:
+    table = undominated(fitting, list(limits))
+    found = _near(table, limits)
+    if found is None:
         return None
-    span = math.fsum(above[rough[0]])
-    menu = menu.only(above <= span * (1 + TIE))
-    exact = _search(menu, limits, span, 0.0)
-    if exact is None:
-        raise SFTError("The solver HiGHS lost an answer that it had found before.")
-    chosen, dual = exact
-    value = math.fsum(menu.damage[chosen])
-    return tuple(menu.option[chosen].tolist()), value, min(max(base + dual, base), value)
+    (relaxed, chosen), base = found, math.fsum(table.lowest(table.damage))
+    bound, table = base + relaxed.bound, relaxed.table
+    if method == "exact":
+        searched = _search(table, limits, relaxed.total(chosen), 0.0)
+        if searched is None:
+            raise SFTError("The solver HiGHS lost an answer that it had found before.")
+        chosen, dual = searched
+        bound = max(bound, math.fsum(table.lowest(table.damage)) + dual)
+    value = math.fsum(table.damage[chosen])
+    return tuple(table.option[chosen].tolist()), value, min(bound, value)
+
+
+def _near(table: Table, limits: Mapping[str, float]) -> tuple[Relaxation, Ints] | None:
+    """A relaxation without the options that cannot be in a better choice than the one beside it.
+
+    None when the limits cannot be met together.
+    """
+    while True:
+        relaxed = relax(table, limits)
+        if relaxed is None:
+            return None
+        chosen = good_answer(relaxed)
+        if chosen is None or not _keeps(relaxed.table, chosen, limits):
+            rough = _search(table, limits, float(relaxed.damage.max()), ROUGH_GAP)
+            if rough is None:
+                return None
+            chosen = improved(relaxed, rough[0])
+            chosen = chosen if _keeps(table, chosen, limits) else rough[0]
+        value = relaxed.total(chosen)
+        may = relaxed.within(value * (1 + TIE))
+        may[chosen] = True
+        place = np.cumsum(may) - 1
+        coarse = value < COARSE * float(relaxed.damage.max())
+        relaxed, chosen = relaxed.only(may), place[chosen]
+        if not coarse or may.all():
+            return relaxed, chosen
+        table = relaxed.table
 
 
 def _search(
-    menu: _Menu, limits: Mapping[str, float], span: float, relative_gap: float
+    table: Table, limits: Mapping[str, float], span: float, relative_gap: float
 ) -> tuple[Ints, float] | None:
     """Positions of the chosen options, and a lower bound of the excess damage of any choice.
 
@@ -140,85 +144,35 @@ def _search(
     are scaled to at most 1 in all, so the bound without them is at most that much lower.
     """
     unit = span if span > 0 else 1.0
-    objective = menu.excess(menu.damage) / unit
-    rows, tops = [], []
-    for name, cost in menu.costs.items():
-        above = menu.excess(cost)
-        widest = -math.fsum(menu.lowest(-above))
-        if widest > 0:
-            objective = objective + TIE / len(menu.costs) * above / widest
-        if name in limits:
-            room = limits[name] - math.fsum(menu.lowest(cost))
-            if SLACK * abs(limits[name]) < room < widest:
-                rows.append(above / room * ROW_SCALE)
-                tops.append(ROW_SCALE)
+    objective = table.excess(table.damage) / unit + TIE * table.burden()
+    rows = [row * ROW_SCALE for row in limited_rows(table, limits)]
     excluded: list[Ints] = []
     for _ in range(TRIES):
-        found = choose(objective * OBJECTIVE_SCALE, menu.layer, rows, tops, excluded, relative_gap)
+        found = choose(
+            objective * OBJECTIVE_SCALE, table.layer, rows, [ROW_SCALE] * len(rows), excluded,
+            relative_gap,
+        )  # fmt: skip
         if found is None:
             return None
         chosen, dual = found
-        if all(_within(menu.costs[n][chosen], most) for n, most in limits.items()):
+        if _keeps(table, chosen, limits):
             return chosen, (dual / OBJECTIVE_SCALE - TIE) * unit
         excluded.append(chosen)
     raise SFTError(f"The solver HiGHS broke the limits {dict(limits)} {TRIES} times in a row.")
 
 
-def _affordable(menu: _Menu, limits: Mapping[str, float]) -> _Menu | None:
-    """Without the options that do not fit even beside the cheapest of all others."""
-    layers = int(menu.layer[-1]) + 1
-    while True:
-        fits = np.ones(len(menu.layer), dtype=np.bool_)
-        for name, most in limits.items():
-            room = most - math.fsum(menu.lowest(menu.costs[name])) + SLACK * abs(most)
-            fits &= menu.excess(menu.costs[name]) <= room
-        if fits.all():
-            return menu
-        if len(np.unique(menu.layer[fits])) < layers:
-            return None
-        menu = menu.only(fits)
-
-
-def _undominated(menu: _Menu) -> _Menu:
-    """Without the options to which another of the layer is at least equal in everything."""
-    table = np.stack([menu.damage, *menu.costs.values()], axis=1)
-    order = np.lexsort((menu.option, *table.T[::-1], menu.layer))
-    kept = np.zeros(len(table), dtype=np.bool_)
-    layer, best = -1, table[:0]
-    for position in order:
-        if menu.layer[position] != layer:
-            layer, best = menu.layer[position], table[:0]
-        if not (best <= table[position]).all(axis=1).any():
-            kept[position] = True
-            best = np.vstack([best, table[position]])
-    return menu.only(kept)
-
-
-def _flatten(
-    damages: Sequence[NDArray[np.float64]], costs: Mapping[str, Sequence[NDArray[np.float64]]]
-) -> _Menu:
-    sizes = [len(d) for d in damages]
-    menu = _Menu(
-        layer=np.repeat(np.arange(len(sizes)), sizes),
-        option=_joined([np.arange(size) for size in sizes]).astype(np.intp),
-        damage=_joined(damages),
-        costs={name: _joined(cost) for name, cost in costs.items()},
-    )
-    finite = np.isfinite(menu.damage)
-    for cost in menu.costs.values():
-        finite &= np.isfinite(cost)
-    return menu.only(finite)
-
-
-def _joined(rows: Sequence[NDArray[Any]]) -> Floats:
-    return np.concatenate([np.zeros(0), *rows])
+def _keeps(table: Table, chosen: Ints, limits: Mapping[str, float]) -> bool:
+    return all(_within(table.costs[n][chosen], most) for n, most in limits.items())
 
 
 def _check(
-    damages: Sequence[NDArray[np.float64]],
-    costs: Mapping[str, Sequence[NDArray[np.float64]]],
+    damages: Sequence[Floats],
+    costs: Mapping[str, Sequence[Floats]],
     limits: Mapping[str, float],
+    method: str,
 ) -> None:
+    if method not in METHODS:
+        raise InputError(f"method='{method}': {' or '.join(map(repr, METHODS))} is wanted.")
     shapes = [np.shape(d) for d in damages]
     if any(len(shape) != 1 for shape in shapes):
         raise InputError("Each entry of damages must be one row of numbers, one an option.")
@@ -245,9 +199,10 @@ def _infeasible(message: str, feasible: dict[str, float]) -> Solution:
     return Solution((), math.inf, math.inf, 0.0, "infeasible", message, feasible)
 
 
-def _optimal(
+def _solved(
     choice: tuple[int, ...], value: float, bound: float, feasible: dict[str, float]
 ) -> Solution:
     gap = 0.0 if value == bound else (value - bound) / (abs(value) or 1.0)
-    message = f"Least damage {value:.6g}; nothing within the limits is below {bound:.6g}."
-    return Solution(choice, value, bound, gap, "optimal", message, feasible)
+    status = "optimal" if gap <= 2 * TIE else "feasible"
+    message = f"Damage {value:.6g}; nothing within the limits is below {bound:.6g}."
+    return Solution(choice, value, bound, gap, status, message, feasible)

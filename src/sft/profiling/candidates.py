@@ -2,12 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from sft.core.copies import copy_module
 from sft.core.records import DENSE, KEEP, STORED, Candidate, Layer, Option, Target
 from sft.core.statistics import Statistics
 from sft.decompositions import decompositions
@@ -16,6 +15,7 @@ from sft.profiling.cost import cost_of
 from sft.quantizers.linear import symmetric_scale
 
 WEIGHT_BITS = 8
+RANKS = 16  # of a scheme, on a menu
 QUANTISABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 STORABLE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # no integer kernels
 TWINS = {"channel_in": "channel_out"}  # the same split where the kernel has one tap
@@ -42,52 +42,42 @@ def menu(
     statistics: Statistics | None,
     target: Target,
     schemes: Collection[str],
-    weight_bits: int | None = WEIGHT_BITS,
+    weight_bits: Sequence[int] = (WEIGHT_BITS,),
     rank_multiple: int | None = None,
 ) -> list[Candidate]:
     """All candidates of a layer with their error and cost; damage is still zero.
 
-    Ranks stand on `rank_multiple`, or on the target's lanes, and stop where the factors would cost
-    as many multiply-accumulates as the whole kernel; of a scheme's ranks only those are kept that
-    no cheaper one beats in error. A transposed convolution, for which no runtime has an integer
-    kernel, can be stored in integers and is split in float; any other layer that cannot be
-    quantised is kept, or split in float.
+    Every scheme and rank at each of `weight_bits`, or in float without any. Ranks stand on
+    `rank_multiple`, or on the target's lanes, and stop where the factors would cost as many
+    multiply-accumulates as the whole kernel; of a scheme's ranks only those are kept that no
+    cheaper one beats in error, and at most `RANKS`, close at low ranks and far apart at high ones.
+    A transposed convolution, for which no runtime has an integer kernel, can be stored in integers
+    and is split in float; any other layer that cannot be quantised is kept, or split in float.
     """
     found = [_candidate(layer, Option(KEEP, weight_bits=None), 0.0, target)]
-    rounding = 0.0
     scheme_of_whole = _whole(module)
-    if scheme_of_whole is not None and weight_bits is not None:
+    rounding: dict[int | None, float] = {None: 0.0}
+    if scheme_of_whole is not None:
         assert isinstance(module.weight, torch.Tensor)
-        error = rounding_error(module.weight.detach(), weight_bits, target, channel_axis(module))
-        whole = Option(scheme_of_whole, weight_bits=weight_bits)
-        found.append(_candidate(layer, whole, error, target))
-        rounding = error if scheme_of_whole == DENSE else 0.0
-    bits = weight_bits if scheme_of_whole == DENSE else None
+        for bits in weight_bits:
+            axis = channel_axis(module)
+            error = rounding_error(module.weight.detach(), bits, target, axis)
+            rounding[bits] = error
+            for whole in (scheme_of_whole, STORED)[: 1 if bits < WEIGHT_BITS else 2]:
+                option = Option(whole, weight_bits=bits)
+                if option not in [c.option for c in found]:
+                    found.append(_candidate(layer, option, error, target))
+    widths: Sequence[int | None] = weight_bits if scheme_of_whole == DENSE else ()
     for scheme in schemes_for(layer, module, schemes)[1]:
         own = []
         for rank, error in _ranks(scheme, layer, module, statistics, target, rank_multiple):
-            option = Option(scheme, rank, bits)
-            own.append(_candidate(layer, option, error + 2 * rounding, target))
-        found += _cheapest([c for c in own if c.cost.macs < layer.macs])
+            own.append(_candidate(layer, Option(scheme, rank, None), error, target))
+        for split in _thinned(_cheapest([c for c in own if c.cost.macs < layer.macs])):
+            for width in widths or (None,):
+                option = dataclasses.replace(split.option, weight_bits=width)
+                error = split.error + 2 * rounding[width]
+                found.append(_candidate(layer, option, error, target))
     return found
-
-
-def with_damage(candidates: list[Candidate], alphas: dict[str, float]) -> tuple[Candidate, ...]:
-    """The same menu with damage = alpha of the scheme x error."""
-    fallback = max(alphas.values(), default=1.0)
-    return tuple(
-        dataclasses.replace(c, damage=alphas.get(c.option.scheme, fallback) * c.error)
-        for c in candidates
-    )
-
-
-def rounded_copy(module: nn.Module, bits: int, target: Target) -> nn.Module:
-    """The layer with its weight rounded as the target stores it."""
-    rounded = copy_module(module)
-    weight = rounded._parameters["weight"]
-    assert weight is not None
-    weight.data = _round(weight.detach(), bits, target, channel_axis(module))
-    return rounded
 
 
 def channel_axis(module: nn.Module) -> int:
@@ -139,6 +129,18 @@ def _cheapest(candidates: list[Candidate]) -> list[Candidate]:
         if not any(k.error <= c.error and k.cost.size <= c.cost.size for k in kept):
             kept.append(c)
     return kept
+
+
+def _thinned(candidates: list[Candidate]) -> list[Candidate]:
+    """At most `RANKS` of them, by rising cost: even steps in the logarithm of their place."""
+    count = len(candidates)
+    if count <= RANKS:
+        return candidates
+    places = {round(count ** (i / (RANKS - 1))) - 1 for i in range(RANKS)}
+    free = (i for i in range(count) if i not in places)
+    while len(places) < RANKS:
+        places.add(next(free))
+    return [candidates[i] for i in sorted(places)]
 
 
 def _round(weight: torch.Tensor, bits: int, target: Target, axis: int) -> torch.Tensor:

@@ -47,9 +47,10 @@ def places(
 
     network : in eval mode; it is not changed. batches : inputs ``(N, ...)``.
     stand_ins : modules that take the places of layers for good; `outputs_with` exchanges one of
-    them. `inputs` are then those behind the stand-ins.
+    them. `inputs` are then those behind the stand-ins. One that is put in while its own place is
+    out stands there from then on.
     """
-    others = dict(stand_ins or {})
+    others = {} if stand_ins is None else stand_ins
     graph = _graph_of(network, batches[0])
     nodes = {} if graph is None else _own_nodes(graph, network, names)
     if graph is not None and set(others) <= set(nodes):
@@ -92,7 +93,6 @@ def _in_graph(
     stand_ins: Mapping[str, nn.Module],
 ) -> Iterator[Place]:
     names = {node: name for name, node in nodes.items()}
-    fixed: dict[Node, Map] = {nodes[name]: module for name, module in stand_ins.items()}
     order = list(graph.graph.nodes)
     values: list[Values] = [{} for _ in batches]
     left = {node: len(node.users) for node in order}
@@ -100,7 +100,8 @@ def _in_graph(
         if node in names:
 
             def outputs_with(module: nn.Module, index: int = index, node: Node = node) -> Tensor:
-                maps = {**fixed, node: module}
+                maps: dict[Node, Map] = {nodes[n]: m for n, m in stand_ins.items()}
+                maps[node] = module
                 remaining, after = dict(left), order[index:]
                 return torch.cat(
                     [
@@ -114,6 +115,8 @@ def _in_graph(
             yield Place(names[node], [known[data] for known in values], outputs_with)
         if node.op == "output":
             return
+        name = names.get(node, "")
+        fixed: dict[Node, Map] = {node: stand_ins[name]} if name in stand_ins else {}
         for known, batch in zip(values, batches, strict=True):
             known[node] = _value(graph, node, known, batch, fixed)
         for source in _done(node, left):
@@ -159,7 +162,8 @@ def _value(
     arguments = map_arg(node.args, lambda source: values[source])
     named = map_arg(node.kwargs, lambda source: values[source])
     if node in maps:
-        return maps[node](arguments[0])
+        given: Any = arguments[0]
+        return maps[node](given)
     if node.op == "call_module":
         return graph.get_submodule(str(node.target))(*arguments, **named)
     if node.op == "call_method":

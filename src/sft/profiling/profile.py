@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -12,40 +12,35 @@ from sft.core.data import Data, fingerprint_data
 from sft.core.errors import InputError
 from sft.core.progress import say, track
 from sft.core.randomness import forked_rng
-from sft.core.records import (
-    DENSE,
-    STORED,
-    Candidate,
-    Inspection,
-    Layer,
-    LayerProfile,
-    Profile,
-    Target,
-)
-from sft.core.statistics import Statistics, load_statistics, save_statistics
-from sft.decompositions import decompositions, factorize
+from sft.core.records import Inspection, LayerProfile, Option, Profile, Target
+from sft.core.statistics import Statistics
+from sft.decompositions import decompositions
 from sft.models.inspect import inspect
-from sft.profiling.candidates import (
-    WEIGHT_BITS,
-    menu,
-    rounded_copy,
-    schemes_for,
-    with_damage,
-)
-from sft.profiling.damage import collect_inputs, divergence, run
+from sft.profiling.anchors import with_damage
+from sft.profiling.candidates import WEIGHT_BITS, menu, schemes_for
+from sft.profiling.damage import collect_inputs, divergence
+from sft.profiling.memory import FLOAT_BYTES, INTEGER_BYTES, Memory, alive_numbers
+from sft.profiling.places import Place, places
+from sft.profiling.stand_ins import stand_in
 from sft.profiling.statistics import gather_statistics
+from sft.profiling.store import PROFILE_FILE as PROFILE_FILE
+from sft.profiling.store import STATISTICS_FILE as STATISTICS_FILE
+from sft.profiling.store import load_profile as load_profile
+from sft.profiling.store import save_profile as save_profile
+from sft.profiling.unfinished import Unfinished
 from sft.runtimes.targets import find_target
 from sft.surgery.modules import (
     fold_batch_norm,
     get_module,
     open_all_recurrent,
-    replace_module,
 )
 
 ANCHOR_ERROR = 0.1
-ANCHOR_SAMPLES = 256
+ANCHOR_SAMPLES, LEAST_SAMPLES = 256, 16
+ANCHOR_MACS = 3 * 10**13  # that anchors may cost in all: some ten minutes on two cores
+PASSES = 7  # about, for each layer
+BATCH = 64
 ENOUGH = 10
-PROFILE_FILE, STATISTICS_FILE = "profile.json", "statistics.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +48,22 @@ class Measuring:
     """How a profile is measured: what `profile` was asked for."""
 
     schemes: tuple[str, ...]
-    weight_bits: int | None = WEIGHT_BITS
+    weight_bits: tuple[int, ...] = (WEIGHT_BITS,)
     data_free: bool = False
     loss_aware: bool = False
     rank_multiple: int | None = None
-    anchor_samples: int = ANCHOR_SAMPLES
+    anchor_samples: int | None = None
     anchor_error: float = ANCHOR_ERROR
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rank_multiple", "anchor_samples", "anchor_error"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name}={value}: it must be above 0.")
-        if self.weight_bits is not None and not 2 <= self.weight_bits <= 8:
-            raise InputError(f"weight_bits={self.weight_bits}: 2 to 8, or None to stay in float.")
+        if not all(2 <= bits <= 8 for bits in self.weight_bits):
+            given = ", ".join(map(str, self.weight_bits))
+            raise InputError(f"weight_bits={given}: 2 to 8, or None to stay in float.")
         for scheme in self.schemes:
             decompositions[scheme]
 
@@ -78,29 +75,36 @@ def profile(
     *,
     name: str = "model",
     schemes: Collection[str] | None = None,
-    weight_bits: int | None = WEIGHT_BITS,
+    weight_bits: int | Collection[int] | None = (8, 4, 2),
     data_free: bool = False,
     loss_aware: bool = False,
     rank_multiple: int | None = None,
-    anchor_samples: int = ANCHOR_SAMPLES,
+    anchor_samples: int | None = None,
     anchor_error: float = ANCHOR_ERROR,
     seed: int = 0,
+    resume: str | Path | None = None,
 ) -> Profile:
     """Measure every layer's menu: each option with its expected damage and its cost.
 
     The calibration split is read once for the statistics, and its first samples once more for the
-    anchors: for each layer and scheme one factorised stand-in is put into the network and the
-    divergence from the original's outputs is measured; it scales the closed-form errors. Costs are
-    those of the network with its batch norm folded, as it is exported.
+    anchors: options of each layer, split and rounded as they would be, are put into the network and
+    the divergence from the original's outputs is measured; between them damage follows the
+    closed-form errors (see `anchors`). Costs are those of the network with its batch norm folded,
+    as it is exported; latency is not measured here.
 
     schemes : decompositions to plan with; None takes those that the target is known to run well.
-    weight_bits : bits of the weights of every option; None splits in float and rounds nothing.
+    weight_bits : widths of the weights on every menu (8 bits for activations); None splits in float
+        and rounds nothing.
     data_free : use plain SVD of the weights instead of the statistics (to compare).
     loss_aware : weigh output errors by the second moment of the loss gradient (a backward pass a
         batch; targets are sampled from the model's own predictions, no labels are needed).
     rank_multiple : ranks on the menus are multiples of it; None takes the target's lanes.
-    anchor_samples, anchor_error : on how many samples the damage of a layer and scheme is measured,
-        and at which relative output error: near what the budget will need is best.
+    anchor_samples, anchor_error : on how many samples damage is measured (by default 256, fewer for
+        networks that cost much), and about which relative output error of a split: near what the
+        budget will need is best.
+    resume : a folder for what is finished, layer by layer; an interrupted call with the same
+        arguments goes on from it. What was measured for another model, other data or by other
+        versions is refused, with what differs. It stays until the caller deletes it.
     Recurrent modules are opened into linear maps, which are layers of the profile.
     The model is not changed. Raises `InputError` if it or the data cannot be used.
     """
@@ -108,24 +112,63 @@ def profile(
     found = find_target(target)
     how = Measuring(
         schemes=tuple(sorted(found.schemes if schemes is None else set(schemes))),
-        weight_bits=weight_bits,
+        weight_bits=_widths(weight_bits),
         data_free=data_free,
         loss_aware=loss_aware and not data_free,
         rank_multiple=rank_multiple,
         anchor_samples=anchor_samples,
         anchor_error=anchor_error,
+        seed=seed,
     )
     with forked_rng(seed):
-        return _profile(model, data, found, name, how, seed)
+        return _profile(model, data, found, name, how, None if resume is None else Path(resume))
+
+
+def _widths(weight_bits: int | Collection[int] | None) -> tuple[int, ...]:
+    """The widths in falling order, each once."""
+    if weight_bits is None:
+        return ()
+    given = (weight_bits,) if isinstance(weight_bits, int) else tuple(weight_bits)
+    return tuple(sorted(set(given), reverse=True))
 
 
 def _profile(
-    model: nn.Module, data: Data, found: Target, name: str, how: Measuring, seed: int
+    model: nn.Module, data: Data, found: Target, name: str, how: Measuring, resume: Path | None
 ) -> Profile:
     example = data.example()
     inspect(model, example, name)
     folded, _ = open_all_recurrent(fold_batch_norm(model, example.to(_device(model))))
     inside = inspect(folded, example, name)
+    request = fingerprint(model, data, found, how)
+    unfinished = Unfinished(resume, request)
+    used, samples = unfinished.statistics(lambda: _gather(folded, inside, data, how))
+    layers = _measure(folded, inside, used, data, found, how, unfinished)
+    memory = alive_numbers(folded, example.to(_device(model)), inside.layers)
+    integers = bool(how.weight_bits)
+    around = INTEGER_BYTES if integers else FLOAT_BYTES
+    params = max(inside.params, sum(x.params for x in inside.layers))  # tied: at each layer
+    return Profile(
+        model=name,
+        target=found.name,
+        fingerprint=request,
+        samples=samples,
+        params=params,
+        macs=inside.macs,
+        size=4 * params,
+        overhead_macs=inside.macs - sum(x.macs for x in inside.layers),
+        layers=tuple(_with_memory(entry, memory, integers) for entry in layers),
+        seed=how.seed,
+        input_shape=tuple(example.shape[1:]),
+        memory=FLOAT_BYTES * memory.peak,
+        overhead_memory=around * memory.elsewhere,
+        statistics=used,
+    )
+
+
+def _gather(
+    folded: nn.Module, inside: Inspection, data: Data, how: Measuring
+) -> tuple[dict[str, Statistics], int]:
+    """Statistics of the layers that can be split, and how many samples they are of."""
     split = [
         x.name for x in inside.layers if schemes_for(x, get_module(folded, x.name), how.schemes)[1]
     ]
@@ -135,23 +178,19 @@ def _profile(
         data.calibration,
         gradients=how.loss_aware and bool(split),
     )
-    used = {} if how.data_free else trusted(used)
-    layers = _measure(folded, inside, used, data, found, how)
-    params = max(inside.params, sum(x.params for x in inside.layers))  # tied: at each layer
-    return Profile(
-        model=name,
-        target=found.name,
-        fingerprint=fingerprint(model, data, found, how, seed),
-        samples=samples,
-        params=params,
-        macs=inside.macs,
-        size=4 * params,
-        overhead_macs=inside.macs - sum(x.macs for x in inside.layers),
-        layers=tuple(layers),
-        seed=seed,
-        input_shape=tuple(example.shape[1:]),
-        statistics=used,
+    return ({} if how.data_free else trusted(used)), samples
+
+
+def _with_memory(entry: LayerProfile, memory: Memory, integers: bool) -> LayerProfile:
+    """The menu with the bytes of activations that are alive under each option."""
+    candidates = tuple(
+        dataclasses.replace(
+            c,
+            cost=dataclasses.replace(c.cost, memory=memory.of(entry.layer, c.option, integers)),
+        )
+        for c in entry.candidates
     )
+    return dataclasses.replace(entry, candidates=candidates)
 
 
 def trusted(statistics: dict[str, Statistics]) -> dict[str, Statistics]:
@@ -177,36 +216,22 @@ def trusted(statistics: dict[str, Statistics]) -> dict[str, Statistics]:
 def fingerprint(
     model: nn.Module, data: Data, target: Target, how: Measuring | None = None, seed: int = 0
 ) -> str:
-    """What a profile depends on, in a short hash: weights, data, target, options, torch."""
-    digest = hashlib.sha256()
+    """What a profile depends on, part by part: a short hash of each, and the version of torch."""
+    how = Measuring(schemes=target.schemes, seed=seed) if how is None else how
+    weights = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tuple(value.shape)}".encode())
-        digest.update(
+        weights.update(f"{key} {tuple(value.shape)}".encode())
+        weights.update(
             value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         )
-    digest.update(fingerprint_data(data.calibration).encode())
-    how = Measuring(schemes=target.schemes) if how is None else how
-    digest.update(f"{target.to_json()} {how} {seed} {torch.__version__}".encode())
-    return digest.hexdigest()[:16]
-
-
-def save_profile(measured: Profile, folder: str | Path) -> None:
-    """Store a profile: a JSON record and, beside it, the statistics."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_statistics(measured.statistics or {}, folder / STATISTICS_FILE)
-    measured.save(folder / PROFILE_FILE)
-
-
-def load_profile(folder: str | Path) -> Profile:
-    """Read what `save_profile` stored; raises `InputError` for anything else."""
-    folder = Path(folder)
-    if not (folder / PROFILE_FILE).is_file():
-        raise InputError(
-            f"'{folder}' holds no {PROFILE_FILE}. `sft profile -o {folder}` makes one."
-        )
-    measured = Profile.load(folder / PROFILE_FILE)
-    return dataclasses.replace(measured, statistics=load_statistics(folder / STATISTICS_FILE))
+    parts = {
+        "weights": weights.hexdigest(),
+        "data": hashlib.sha256(fingerprint_data(data.calibration).encode()).hexdigest(),
+        "target": hashlib.sha256(target.to_json().encode()).hexdigest(),
+        "options": hashlib.sha256(str(how).encode()).hexdigest(),
+    }
+    short = " ".join(f"{part}:{digest[:12]}" for part, digest in parts.items())
+    return f"{short} torch:{torch.__version__}"
 
 
 def _measure(
@@ -216,59 +241,46 @@ def _measure(
     data: Data,
     target: Target,
     how: Measuring,
+    unfinished: Unfinished,
 ) -> list[LayerProfile]:
-    inputs = collect_inputs(data.calibration, how.anchor_samples)
-    reference = run(folded, inputs)
-    measured: list[LayerProfile] = []
-    for layer in track(inside.layers, "layers profiled", len(inside.layers)):
-        module = get_module(folded, layer.name)
-        own = statistics.get(layer.name)
-        candidates = menu(
-            layer, module, own, target, how.schemes, how.weight_bits, how.rank_multiple
-        )
-        refusals, schemes = schemes_for(layer, module, how.schemes)
+    """The menu of every layer, with its damage; finished ones are taken from `unfinished`."""
+    layers = {layer.name: layer for layer in inside.layers}
+    inputs = collect_inputs(data.calibration, how.anchor_samples or samples_for(inside))
+    batches = list(torch.split(inputs.to(_device(folded)), BATCH))
+    with torch.no_grad():
+        reference = torch.cat([folded(x).cpu() for x in batches])
+        open_layers = [name for name in layers if name not in unfinished.layers]
+        walk = places(folded, open_layers, batches) if open_layers else iter(())
+        for place in track(walk, "layers profiled", len(open_layers)):
+            layer, own = layers[place.name], statistics.get(place.name)
+            module = get_module(folded, place.name)
+            refusals, _ = schemes_for(layer, module, how.schemes)
+            candidates = menu(
+                layer, module, own, target, how.schemes, how.weight_bits, how.rank_multiple
+            )
 
-        def measure(stand_in: nn.Module, layer: Layer = layer, module: nn.Module = module) -> float:
-            replace_module(folded, layer.name, stand_in)
-            try:
-                return divergence(reference, run(folded, inputs))
-            finally:
-                replace_module(folded, layer.name, module)
+            def measure(
+                option: Option,
+                place: Place = place,
+                module: nn.Module = module,
+                own: Statistics | None = own,
+            ) -> float:
+                replacement = stand_in(module, option, place.inputs, own, target, how.seed)
+                return divergence(reference, place.outputs_with(replacement))
 
-        alphas = {
-            scheme: _alpha(scheme, module, candidates, own, target, measure, how.anchor_error)
-            for scheme in (*schemes, DENSE, STORED)
-            if any(c.option.scheme == scheme for c in candidates)
-        }
-        measured.append(
-            LayerProfile(_with_refusals(layer, refusals), alphas, with_damage(candidates, alphas))
-        )
-    say(f"  profiled {len(measured)} layers on {len(inputs)} anchor samples")
-    return measured
-
-
-def _alpha(
-    scheme: str,
-    module: nn.Module,
-    candidates: list[Candidate],
-    statistics: Statistics | None,
-    target: Target,
-    measure: Callable[[nn.Module], float],
-    anchor_error: float,
-) -> float:
-    """Measured damage per unit of error, at the rank whose error is nearest to the anchor's."""
-    own = [c for c in candidates if c.option.scheme == scheme]
-    anchor = min(own, key=lambda c: abs(c.error - anchor_error))
-    if scheme in (DENSE, STORED):
-        assert anchor.option.weight_bits is not None
-        damage = measure(rounded_copy(module, anchor.option.weight_bits, target))
-    else:
-        damage = measure(factorize(module, scheme, anchor.option.rank, statistics))
-    return max(damage, 1e-9) / max(anchor.error, 1e-9)
+            known, anchors, alphas = with_damage(candidates, measure, how.anchor_error)
+            entry = LayerProfile(
+                dataclasses.replace(layer, refusals=refusals), alphas, known, anchors
+            )
+            unfinished.add(entry)
+    say(f"  profiled {len(layers)} layers on {len(inputs)} anchor samples")
+    return [unfinished.layers[name] for name in layers]
 
 
-def _with_refusals(layer: Layer, refusals: dict[str, str]) -> Layer:
-    return dataclasses.replace(layer, refusals=refusals)
+def samples_for(inside: Inspection) -> int:
+    """How many samples damage is measured on: 256, or fewer where that costs too much."""
+    work = inside.macs * len(inside.layers) * PASSES
+    return max(LEAST_SAMPLES, min(ANCHOR_SAMPLES, ANCHOR_MACS // max(work, 1)))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -32,22 +32,29 @@ def stand_in(
     statistics: Statistics | None,
     target: Target,
     seed: int = 0,
+    wanted: list[Tensor] | None = None,
 ) -> nn.Module:
     """A module that computes what `module` would under `option`; the module is not changed.
 
     Weights of at most 6 bits are rounded in the metric of what the layer reads (`inputs`, batch by
     batch) and the last factor of a split layer is solved again behind the rounded ones, as
-    `quantize` does; wider ones to nearest. Activations are rounded to the target's integers where
-    the option multiplies in integers. `inputs` may be empty for an option in float.
+    `quantize` does; wider ones, and factors that are no chain, to nearest. Activations are rounded
+    to the target's integers where the option multiplies in integers. `inputs` may be empty for an
+    option in float.
+
+    wanted : the outputs to aim at where the inputs are not those of the original any more; by
+    default what the layer gives for them.
     """
     small = copy_module(module)
     if option.rank:
         small = factorize(module, option.scheme, option.rank, statistics)
     if option.scheme == KEEP or option.weight_bits is None:
         return small
-    if isinstance(small, FactorizedSFT):
-        _round_chain(small, option.weight_bits, inputs, target, seed)
+    if isinstance(small, FactorizedSFT) and type(small).forward is FactorizedSFT.forward:
+        _round_chain(small, option.weight_bits, inputs, wanted, target, seed)
     else:
+        if wanted and option.weight_bits <= COARSE and _geometry(small) is not None:
+            _solve_again(small, geometry_of(small), inputs, wanted, seed)
         for part in _weighted(small):
             _round_one(part, option.weight_bits, inputs if part is small else [], target, seed)
     if option.scheme == STORED or not inputs:
@@ -62,8 +69,9 @@ class Integers(nn.Module):
         super().__init__()
         self.module, layout = module, target.layout
         self.low, self.high = layout.activation_min, layout.activation_max
-        flat = torch.cat([x.flatten()[:: max(1, x.numel() * len(inputs) // SAMPLE)] for x in inputs])
-        bottom, top = ranges["mse"](flat.double(), None, self.low, self.high, False)
+        every = max(1, sum(x.numel() for x in inputs) // SAMPLE)
+        flat = torch.cat([x.flatten()[::every] for x in inputs])
+        bottom, top = ranges["mse"](flat[None], None, self.low, self.high, False)
         self.scale = max(float(top - bottom) / (self.high - self.low), 1e-12)
         self.zero = round(self.low - float(bottom) / self.scale)
 
@@ -76,10 +84,16 @@ class Integers(nn.Module):
 
 
 def _round_chain(
-    small: FactorizedSFT, bits: int, inputs: list[Tensor], target: Target, seed: int
+    small: FactorizedSFT,
+    bits: int,
+    inputs: list[Tensor],
+    wanted: list[Tensor] | None,
+    target: Target,
+    seed: int,
 ) -> None:
     """Round the factors one after the other, each behind the rounded ones before it."""
-    wanted = [small(x) for x in inputs] if bits <= COARSE else []
+    if wanted is None:
+        wanted = [small(x) for x in inputs] if bits <= COARSE else []
     read = inputs
     for factor, part in zip(small.factors, small.parts, strict=True):
         if wanted and factor is small.factors[-1]:

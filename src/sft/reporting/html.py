@@ -10,18 +10,19 @@ from typing import Any
 
 from sft.core.errors import InputError
 from sft.core.files import write_text
-from sft.core.records import Check, Inspection, Plan, Profile, Timing
+from sft.core.records import Check, Front, Inspection, Plan, Profile, Timing
 from sft.reporting import of_records, of_result
 from sft.reporting.page import Section
 
-SHOWN = "Inspection, Profile, Plan, Check, Timing and the dict of a result.json"
+SHOWN = "Inspection, Profile, Front, Plan, Check, Timing and the dict of a result.json"
 
 
 def report(path: str | Path, *records: object) -> Path:
     """Write a page with a section for each record, in the order given; whole or not at all.
 
-    records : any mix of `Inspection`, `Profile`, `Plan`, `Check`, `Timing` and result dicts. With
-        an inspection or a profile beside it, a plan is drawn against the original layers.
+    records : any mix of `Inspection`, `Profile`, `Front`, `Plan`, `Check`, `Timing` and result
+        dicts. With an inspection or a profile beside it, a plan is drawn against the original
+        layers.
     Raises `InputError` for another type, and where the page cannot be written.
     """
     if not records:
@@ -62,6 +63,8 @@ def _sections(record: object, originals: of_records.Originals) -> list[Section]:
             return of_records.of_inspection(record)
         case Profile():
             return of_records.of_profile(record)
+        case Front():
+            return of_records.of_front(record)
         case Plan():
             return of_records.of_plan(record, originals)
         case Check():

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sft.core.records import KEEP, Check, Inspection, LayerProfile, Plan, Profile, Timing
-from sft.reporting import table, units
-from sft.reporting.page import Section, layers_section, make_table
+from sft.core.records import KEEP, Check, Front, Inspection, LayerProfile, Plan, Profile, Timing
+from sft.reporting import svg, table, units
+from sft.reporting.page import Picture, Section, layers_section, make_table
 
 Originals = Mapping[str, Mapping[str, int]]
 
@@ -71,6 +71,27 @@ def of_profile(record: Profile) -> list[Section]:
     rows = [_menu(entry) for entry in record.layers]
     shown = make_table("Menu of each layer", headers, rows, wide=(8,))
     return [Section("Profile", lead, tables=(shown,))]
+
+
+def of_front(record: Front) -> list[Section]:
+    """The least damage at each cost as a picture and a table."""
+    text = units.size if record.cost == "size" else units.milliseconds
+    rows = [
+        (text(getattr(p.cost, record.cost)), units.general(p.damage), units.general(p.bound))
+        for p in record.points
+    ]
+    headers = (record.cost, "predicted damage", "at least")
+    pairs = [(float(getattr(p.cost, record.cost)), p.damage) for p in record.points]
+    drawing = svg.front_line(pairs, record.cost, text)
+    caption = f"Damage of the whole network against {record.cost}: down and left is better."
+    return [
+        Section(
+            f"Front of {record.cost}",
+            f"{record.model} for {record.target}: {len(rows)} networks, none beaten by another.",
+            tables=(make_table("Front", headers, rows),),
+            pictures=(Picture(drawing, caption),) if drawing else (),
+        )
+    ]
 
 
 def of_plan(record: Plan, originals: Originals) -> list[Section]:

@@ -7,6 +7,7 @@ and fonts are classes that the page's style sheet fills in; no reference leaves 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from xml.etree import ElementTree
 
 from sft.reporting import units
@@ -92,6 +93,36 @@ def size_against_score(points: Sequence[Point], metric: str, unit: str) -> str:
     highest = max(points, key=lambda p: p.score)
     for point in points:
         _draw_point(picture, point, x_axis, y_axis, unit, above=point is highest)
+    return ElementTree.tostring(picture, encoding="unicode")
+
+
+def front_line(
+    points: Sequence[tuple[float, float]], what: str, text: Callable[[float], str]
+) -> str:
+    """Damage (y) against a cost (x), both by logarithm, as joined dots; empty below two points.
+
+    points : pairs of cost and damage by rising cost; those that are not above 0 are left out.
+    what : the cost. text : a cost in words.
+    """
+    shown = [(x, y) for x, y in points if x > 0 and y > 0]
+    if len({x for x, _ in shown}) < 2 or len({y for _, y in shown}) < 2:
+        return ""
+    costs, damages = [x for x, _ in shown], [y for _, y in shown]
+    x = Axis(min(costs) / 1.1, max(costs) * 1.1, LEFT, WIDTH - RIGHT, log=True)
+    y = Axis(min(damages) / 1.5, max(damages) * 1.5, HEIGHT - BOTTOM, TOP, log=True)
+    picture = _picture(WIDTH, HEIGHT, f"Damage against {what}")
+    for tick in x.ticks():
+        _add(picture, "line", "grid", x1=x.at(tick), y1=TOP, x2=x.at(tick), y2=HEIGHT - BOTTOM)
+        label = _add(picture, "text", "tick", text(tick), x=x.at(tick), y=HEIGHT - BOTTOM + 17)
+        label.set("text-anchor", "middle")
+    for tick in y.ticks():
+        _add(picture, "line", "grid", x1=LEFT, y1=y.at(tick), x2=WIDTH - RIGHT, y2=y.at(tick))
+        label = _add(picture, "text", "tick", f"{tick:g}", x=LEFT - 8, y=y.at(tick) + 4)
+        label.set("text-anchor", "end")
+    for (x1, y1), (x2, y2) in pairwise(shown):
+        _add(picture, "line", "way", x1=x.at(x1), y1=y.at(y1), x2=x.at(x2), y2=y.at(y2))
+    for cost, damage in shown:
+        _add(picture, "circle", "after", cx=x.at(cost), cy=y.at(damage), r=3)
     return ElementTree.tostring(picture, encoding="unicode")
 
 

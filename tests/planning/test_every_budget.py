@@ -1,0 +1,174 @@
+"""Latency, memory, patterns, fronts and both methods, against enumeration of every choice."""
+
+import dataclasses
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+
+from sft.core.budget import Budget
+from sft.core.errors import BudgetError, InputError
+from sft.core.records import Front, Option
+from sft.planning import plan, solve
+from sft.planning.front import front
+
+
+def small(profile, seed, layers=(2, 3, 4)):
+    """Three layers with short menus, drawn latencies and memories."""
+    rng = np.random.default_rng(seed)
+    entries = []
+    for index in layers:
+        entry = profile.layers[index]
+        some = [0, 1, *rng.choice(np.arange(2, len(entry.candidates)), 4, replace=False)]
+        menu = []
+        for place in some:
+            c = entry.candidates[place]
+            latency = c.cost.macs * 1e-6 * rng.uniform(0.5, 2)
+            cost = dataclasses.replace(
+                c.cost, latency=latency, memory=int(rng.integers(1000, 5000))
+            )
+            menu.append(dataclasses.replace(c, cost=cost))
+        entries.append(dataclasses.replace(entry, candidates=tuple(menu)))
+    kept = [e.candidates[0].cost for e in entries]
+    return dataclasses.replace(
+        profile,
+        layers=tuple(entries),
+        params=sum(c.params for c in kept),
+        macs=sum(c.macs for c in kept),
+        overhead_macs=0,
+        size=sum(c.size for c in kept),
+        latency=sum(c.latency for c in kept) + 0.25,
+        overhead_latency=0.25,
+        memory=max(c.memory for c in kept),
+    )
+
+
+def networks(profile):
+    """(size, macs, latency, memory, damage) of every choice that `plan` may make."""
+    menus = []
+    for entry in profile.layers:
+        sensitive = all(c.damage > 0.02 for c in entry.candidates if c.option.scheme == "dense")
+        menus.append([c for c in entry.candidates if sensitive or c.option.scheme != "keep"])
+    for choice in itertools.product(*menus):
+        costs = [c.cost for c in choice]
+        yield (
+            sum(c.size for c in costs),
+            sum(c.macs for c in costs),
+            math.fsum(c.latency for c in costs) + profile.overhead_latency,
+            max(c.memory for c in costs),
+            math.fsum(c.damage for c in choice),
+        )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_all_limits_equal_brute_force_and_errors_are_true(profile, seed):
+    made, rng = small(profile, seed), np.random.default_rng(seed)
+    names = ("size", "macs", "latency", "memory")
+    whole = {n: getattr(made, n) for n in names}
+    asked = {n: round(float(rng.uniform(0.15, 1.0)), 3) for n in names if rng.random() < 0.7}
+    asked = asked or {"latency": 0.5}
+    fits = [
+        row[4]
+        for row in networks(made)
+        if all(row[names.index(n)] <= asked[n] * whole[n] * (1 + 1e-12) for n in asked)
+    ]
+    if fits:
+        found = plan(made, Budget(**asked))
+        assert min(fits) * (1 - 1e-9) <= found.value <= 1.1 * min(fits) * (1 + 1e-9)
+        assert all(getattr(found.cost, n) <= asked[n] * whole[n] * (1 + 1e-9) for n in asked)
+        quick = plan(made, Budget(**asked), method="lagrangian")
+        assert quick.bound <= found.value * (1 + 1e-9)
+        return
+    with pytest.raises(BudgetError) as error:
+        plan(made, Budget(**asked))
+    for said in re.findall(r"With (.*?) the least is (\w+)=([0-9.]+[0-9])", str(error.value)):
+        held = {n: asked[n] for n in re.findall(r"(\w+)=", said[0])}
+        number = float(said[2]) if said[1] not in ("size_bytes", "macs_count") else int(said[2])
+        assert plan(made, Budget(**(held | {said[1]: number})))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_lagrangian_bound_and_answer_hold(seed):
+    rng = np.random.default_rng(seed)
+    damages = [rng.random(5) for _ in range(5)]
+    costs = {n: [rng.random(5) + 1 - d for d in damages] for n in ("size", "macs", "latency")}
+    limits = {n: 5 * rng.uniform(0.7, 1.1) for n in costs}
+    exact, quick = (solve(damages, costs, limits, m) for m in ("exact", "lagrangian"))
+    assert (exact.status == "infeasible") == (quick.status == "infeasible")
+    if exact.status != "infeasible":
+        assert quick.bound <= exact.value * (1 + 1e-9) <= quick.value * (1 + 2e-9)
+        for name, most in limits.items():
+            spent = sum(c[o] for c, o in zip(costs[name], quick.choice, strict=True))
+            assert spent <= most * (1 + 1e-9)
+    with pytest.raises(InputError, match="'lagrangian'"):
+        solve(damages, costs, limits, "guess")
+
+
+@pytest.mark.parametrize("cost", ["size", "latency"])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_front_is_the_front(profile, seed, cost, tmp_path):
+    made = small(profile, seed)
+    found = front(made, cost)
+    column = 0 if cost == "size" else 2
+    every = list(networks(made))
+    for point in found.points:
+        at = getattr(point.cost, cost)
+        least = min(row[4] for row in every if row[column] <= at * (1 + 1e-12))
+        assert point.damage == pytest.approx(least, rel=1e-8)
+        assert point.bound <= least * (1 + 1e-9)
+    pairs = [(getattr(p.cost, cost), p.damage) for p in found.points]
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(pairs))
+    assert pairs[0][0] == pytest.approx(min(row[column] for row in every))
+    assert pairs[-1][1] == pytest.approx(min(row[4] for row in every))
+    found.save(tmp_path / "front.json")
+    assert Front.load(tmp_path / "front.json") == found
+
+
+def test_a_front_refuses_what_it_cannot_show(profile):
+    with pytest.raises(InputError, match="latency"):
+        front(profile, "latency")
+    with pytest.raises(InputError, match="'size' or 'latency'"):
+        front(profile, "macs")
+    assert len(front(profile, points=5).points) < len(front(profile, points=24).points)
+
+
+def test_a_name_wins_over_a_pattern(profile):
+    wishes = {"stage2.*": Option("dense", (), 4), "stage2.conv1": Option("dense", (), 8)}
+    found = plan(profile, Budget(size=1.0), keep=("stage2.*",), overrides={"fc": Option("dense")})
+    assert found.option("stage2.conv1").scheme == "keep"
+    found = plan(profile, Budget(size=0.6), overrides=wishes)
+    assert found.option("stage2.conv1").weight_bits == 8
+    assert found.option("stage2.conv2").weight_bits == 4
+    with pytest.raises(InputError, match=r"stage2\.conv1.*keep='stage2\.\*'"):
+        plan(profile, Budget(), keep=("stage2.*",), overrides={"stage2.c*": Option("dense")})
+
+
+def test_a_layer_that_gains_no_time_is_left_whole_and_says_so(profile):
+    """Low rank is slower here by a hair, so only latency speaks against it."""
+
+    def timed(c):
+        latency = 0.031 if c.option.rank else 0.029
+        return dataclasses.replace(c, cost=dataclasses.replace(c.cost, latency=latency))
+
+    layers = list(profile.layers)
+    layers[3] = dataclasses.replace(
+        layers[3], candidates=tuple(timed(c) for c in layers[3].candidates)
+    )
+    free, spared = Budget(macs=0.9), dataclasses.replace(profile, layers=tuple(layers))
+    found = plan(spared, free)
+    assert found.rows[3].option.scheme == "dense"
+    assert "low rank gains no time here" in found.rows[3].reason
+    assert "takes 0.031 ms, dense 0.029 ms" in found.rows[3].reason
+
+
+def test_memory_that_nothing_fits_names_the_layer(profile):
+    made = small(profile, 0)
+    with pytest.raises(BudgetError, match=r"No option of layer 'stage"):
+        plan(made, Budget(memory_bytes=10))
+
+
+def test_options_without_a_latency_are_out_under_a_limit(profile):
+    with pytest.raises(InputError, match="stem"):
+        plan(profile, Budget(latency_ms=1.0))
