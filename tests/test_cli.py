@@ -135,10 +135,10 @@ def test_the_options_of_profile_reach_the_menus(project, capsys) -> None:
         found = [c["option"] for layer in layers for c in layer["candidates"]]
         return {str(o[key]) if key == "rank" else o[key] for o in found}
 
-    assert options(usual, "scheme") == {"keep", "dense", "channel_in", "channel_out"}
-    assert options(two, "scheme") == {"keep", "dense", "spatial", "tucker2"}
+    assert options(usual, "scheme") == {"keep", "dense", "stored", "channel_in", "channel_out"}
+    assert options(two, "scheme") == {"keep", "dense", "stored", "spatial", "tucker2"}
     assert "[5]" in options(multiple, "rank") - options(usual, "rank")
-    assert options(usual, "weight_bits") == {None, 8}
+    assert options(usual, "weight_bits") == {None, 8, 4, 2}
     assert options(narrow, "weight_bits") == {None, 4}
     assert options(in_float, "weight_bits") == {None}
     assert options(in_float, "scheme") == {"keep", "channel_in", "channel_out"}

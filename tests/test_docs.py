@@ -12,6 +12,7 @@ import pytest
 
 import sft
 from sft.cli import build_parser
+from sft.profiling.profile import profile as profile_damage
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -23,6 +24,7 @@ FUNCTIONS = (
     "apply", "benchmark", "compress", "export", "finetune", "inspect", "load", "plan", "profile",
     "quantize", "reconstruct", "report", "verify",
 )  # fmt: skip
+PASSED_TO = {"profile": profile_damage}
 PAGE_OF_VERB = {"demo": "verbs/compress.md", "list": "command_line.md"}
 
 
@@ -45,6 +47,15 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
     actions = build_parser()._actions
     (found,) = [a for a in actions if isinstance(a, argparse._SubParsersAction)]
     return dict(found.choices)
+
+
+def parameters_of(name: str) -> set[str]:
+    """Every argument of a public function, also those that it only passes on."""
+    found = inspect.signature(getattr(sft, name)).parameters
+    names = {n for n, p in found.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    if len(names) < len(found):
+        names |= set(inspect.signature(PASSED_TO[name]).parameters)
+    return names
 
 
 def by_id(cases: list[tuple[str, str]]) -> Callable[..., pytest.MarkDecorator]:
@@ -74,11 +85,7 @@ def test_the_page_of_a_verb_names_every_argument(name: str) -> None:
     text = text_of(DOCS / "verbs" / f"{name}.md")
     call = re.search(rf"^sft\.{name}\((.*?)\)\s*(#|$)", text, re.MULTILINE | re.DOTALL)
     assert call, f"{name}.md does not show how to call sft.{name}"
-    missing = [
-        p
-        for p in inspect.signature(getattr(sft, name)).parameters
-        if not re.search(rf"\b{p}\b", call[1])
-    ]
+    missing = [p for p in parameters_of(name) if not re.search(rf"\b{p}\b", call[1])]
     assert not missing
 
 

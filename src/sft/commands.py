@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sft.job import Training
 
 DEMO_OUT = "out/demo"
-DEMO_LIMITS = {"size": 0.1, "macs": 0.34, "max_drop": 0.005}
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -28,7 +27,7 @@ def demo(options: argparse.Namespace) -> int:
     options.steps = options.integer_steps = options.learning_rate = None
     from sft.core.budget import Budget
 
-    return _compress(options, Budget(**DEMO_LIMITS))
+    return _compress(options, Budget(size=0.1, macs=0.34, max_drop=0.005))
 
 
 def compress(options: argparse.Namespace) -> int:

@@ -173,5 +173,5 @@ def test_cost_counts_the_stored_bits(bits) -> None:
     (layer,) = [each for each in inspect(net, x[:2], "net").layers if each.name == "up"]
     target = dataclasses.replace(find_target(TARGET), layer_bytes=0)
     cost = cost_of(layer, Option("stored", (), bits), target)
-    assert cost.size == ceil(8 * 16 * 16 * bits / 8) + 5 * 16 + 4 * 16
+    assert cost.size == ceil(8 * 16 * 16 * bits / 8) + 4 * 16 + 4 * 16
     assert cost.macs == cost_of(layer, Option("keep"), target).macs

@@ -146,21 +146,24 @@ def test_a_name_wins_over_a_pattern(profile):
 
 
 def test_a_layer_that_gains_no_time_is_left_whole_and_says_so(profile):
-    """Low rank is slower here by a hair, so only latency speaks against it."""
+    """In one layer low rank is slower by a hair; in the others it gains."""
 
-    def timed(c):
-        latency = 0.031 if c.option.rank else 0.029
+    def timed(c, slow):
+        latency = (0.031 if c.option.rank else 0.029) if slow else c.cost.macs * 1e-6
         return dataclasses.replace(c, cost=dataclasses.replace(c.cost, latency=latency))
 
-    layers = list(profile.layers)
-    layers[3] = dataclasses.replace(
-        layers[3], candidates=tuple(timed(c) for c in layers[3].candidates)
+    layers = tuple(
+        dataclasses.replace(e, candidates=tuple(timed(c, i == 3) for c in e.candidates))
+        for i, e in enumerate(profile.layers)
     )
-    free, spared = Budget(macs=0.9), dataclasses.replace(profile, layers=tuple(layers))
-    found = plan(spared, free)
+    original = sum(e.candidates[0].cost.latency for e in layers)
+    made = dataclasses.replace(profile, layers=layers, latency=original)
+    found = plan(made, Budget(latency=0.6))
     assert found.rows[3].option.scheme == "dense"
-    assert "low rank gains no time here" in found.rows[3].reason
+    assert "low rank gains no time here: the fastest, channel_" in found.rows[3].reason
     assert "takes 0.031 ms, dense 0.029 ms" in found.rows[3].reason
+    faster = next(r for r in found.rows if r.option.rank)
+    assert "x faster for damage" in faster.reason
 
 
 def test_memory_that_nothing_fits_names_the_layer(profile):

@@ -9,12 +9,12 @@ from torch import nn
 
 from sft.core.data import Data
 from sft.core.errors import InputError
-from sft.core.records import DENSE, KEEP, Profile
+from sft.core.records import DENSE, KEEP, STORED, Profile
 from sft.profiling.profile import profile, trusted
 from sft.profiling.statistics import gather_statistics
 
 Measure = Callable[..., Profile]
-WHOLE = {KEEP, DENSE}
+WHOLE = {KEEP, DENSE, STORED}
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_menus_hold_only_the_schemes_that_were_asked_for(measure) -> None:
 def test_in_float_no_option_has_bits_and_no_error_of_rounding(measure) -> None:
     rounded, exact = measure(), measure(weight_bits=None)
     assert {o.weight_bits for o in options_of(exact)} == {None}
-    assert DENSE not in {o.scheme for o in options_of(exact)}
+    assert not {DENSE, STORED} & {o.scheme for o in options_of(exact)}
     splits = {(n, o.scheme, o.rank): e for (n, o), e in errors_of(exact).items() if o.rank}
     assert splits
     for (name, option), error in errors_of(rounded).items():
@@ -58,7 +58,7 @@ def test_in_float_no_option_has_bits_and_no_error_of_rounding(measure) -> None:
 
 
 def test_fewer_bits_are_on_every_option_and_round_more(measure) -> None:
-    eight, four = measure(), measure(weight_bits=4)
+    eight, four = measure(weight_bits=8), measure(weight_bits=4)
     assert {o.weight_bits for o in options_of(four) if o.scheme != KEEP} == {4}
     for before, after in zip(eight.layers, four.layers, strict=True):
         (fine,), (coarse,) = (
@@ -66,6 +66,15 @@ def test_fewer_bits_are_on_every_option_and_round_more(measure) -> None:
         )
         assert coarse.error > 4 * fine.error
         assert coarse.cost.size < fine.cost.size
+
+
+def test_the_usual_menus_hold_every_width_once(measure) -> None:
+    for entry in measure().layers:
+        bits = [c.option.weight_bits for c in entry.candidates if c.option.scheme == DENSE]
+        assert bits == [8, 4, 2]
+        stored = [c.option.weight_bits for c in entry.candidates if c.option.scheme == STORED]
+        assert stored == [8]
+    assert options_of(measure(weight_bits=[2, 8, 4, 8])) == options_of(measure())
 
 
 def test_the_gradient_weighs_the_errors(measure) -> None:

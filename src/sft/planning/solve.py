@@ -26,7 +26,7 @@ OBJECTIVE_SCALE = 1e6
 ROW_SCALE = 1e4
 ROUGH_GAP = 1e-2
 TRIES = 50
-PROVEN = 1e-9  # relative gap below which an answer counts as optimal
+PROVEN = 1e-7  # relative gap that counts as none: the tolerance of the solver's own bound
 COARSE = 1e-2  # an answer this far below the greatest damage: the relaxation is scaled anew
 
 
@@ -203,6 +203,6 @@ def _solved(
     choice: tuple[int, ...], value: float, bound: float, feasible: dict[str, float]
 ) -> Solution:
     gap = 0.0 if value == bound else (value - bound) / (abs(value) or 1.0)
-    status = "optimal" if gap <= 2 * TIE else "feasible"
+    status = "optimal" if gap <= PROVEN else "feasible"
     message = f"Damage {value:.6g}; nothing within the limits is below {bound:.6g}."
     return Solution(choice, value, bound, gap, status, message, feasible)

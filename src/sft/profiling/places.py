@@ -6,6 +6,7 @@ no single operator of the graph to itself (it is called more than once, pads by 
 weight) is exchanged in the module, and the whole network is run.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,6 +46,7 @@ def places(
 ) -> Iterator[Place]:
     """Every named layer in its place, in the order in which the network runs them.
 
+    Layers that are exchanged in the module come last, in the order of `names`.
     network : in eval mode; it is not changed. batches : inputs ``(N, ...)``.
     stand_ins : modules that take the places of layers for good; `outputs_with` exchanges one of
     them. `inputs` are then those behind the stand-ins. One that is put in while its own place is
@@ -102,10 +104,11 @@ def _in_graph(
             def outputs_with(module: nn.Module, index: int = index, node: Node = node) -> Tensor:
                 maps: dict[Node, Map] = {nodes[n]: m for n, m in stand_ins.items()}
                 maps[node] = module
-                remaining, after = dict(left), order[index:]
+                after = order[index:]
+                kept = _apart if any(map(_writes, after)) else dict
                 return torch.cat(
                     [
-                        _outputs(graph, after, dict(known), dict(remaining), batch, maps)
+                        _outputs(graph, after, kept(known), dict(left), batch, maps)
                         for known, batch in zip(values, batches, strict=True)
                     ]
                 )
@@ -141,6 +144,18 @@ def _outputs(
         for source in _done(node, left):
             values.pop(source, None)
     raise AssertionError("a graph ends with its outputs")
+
+
+def _writes(node: Node) -> bool:
+    """Whether an operator writes into what it reads."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _apart(values: Values) -> Values:
+    """Copies of the activations, in which views of one another stay views."""
+    own = [node for node in values if node.op != "get_attr"]
+    copies = copy.deepcopy([values[node] for node in own])
+    return {**values, **dict(zip(own, copies, strict=True))}
 
 
 def _done(node: Node, left: dict[Node, int]) -> Iterator[Node]:
@@ -196,11 +211,11 @@ def _in_modules(
 
 
 def _inputs_of(network: nn.Module, layer: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What a layer reads in all its calls."""
+    """What a layer reads in all its calls; copies, since the network may write into it."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.append((arguments[0] if arguments else named["input"]).detach())
+        seen.append((arguments[0] if arguments else named["input"]).detach().clone())
 
     hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
