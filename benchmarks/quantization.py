@@ -17,9 +17,7 @@ the last line printed is one JSON object. Run it on an idle machine.
 """
 
 import argparse
-import csv
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,12 +29,11 @@ import quantization_factors
 import quantization_photos
 import quantization_speed
 import torch
+from figures import Wanted, print_rows, rows_of, write_rows
 from quantization_files import Found, Settings
 
 from sft.core.progress import say, show
-from sft.runtimes.targets import machine
 
-RESULTS = Path(__file__).parent / "results"
 THREADS, QAT_STEPS = 2, 600
 PARTS: dict[str, Callable[[Settings], Found]] = {
     "speed": quantization_speed.measure,
@@ -45,7 +42,7 @@ PARTS: dict[str, Callable[[Settings], Found]] = {
     "photos": quantization_photos.measure,
     "factors": quantization_factors.measure,
 }
-WANTED: dict[str, tuple[str, float | str]] = {  # a name stands for the figure of that name
+WANTED: Wanted = {
     "fashion_w8a8_drop": ("<=", 0.1),
     "fashion_w4a8_drop": ("<=", 0.3),
     "fashion_w3a8_drop": ("<=", 1.0),
@@ -70,8 +67,6 @@ UNPRINTED = {  # figures beside those of the last line
     "ptq_and_export_seconds_resnet18",
 }
 
-Row = tuple[str, str, str, str, str]  # figure, measured, sense, wanted, verdict
-
 
 def main() -> None:
     options = _parse()
@@ -86,11 +81,10 @@ def main() -> None:
             found |= PARTS[name](settings)
             found[f"{name}_part_seconds"] = time.monotonic() - started
             say(f"part {name}: {found[f'{name}_part_seconds']:.0f} s")
-    rows = _rows(found)
-    for figure, measured, sense, wanted, verdict in rows:
-        print(f"{figure:44} {measured:>12}  {sense and f'wanted {sense} {wanted}  {verdict}'}")
+    rows = rows_of(found, WANTED)
+    print_rows(rows)
     if not options.quick:
-        print(f"written to {_write(rows, options.threads)}")
+        print(f"written to {write_rows('quantization', rows, WANTED, options.threads)}")
     printed = [name for name in WANTED if name in found and name not in UNPRINTED]
     print(json.dumps({name: round(float(found[name]), 4) for name in printed}))
 
@@ -102,47 +96,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=THREADS, help="where nothing is timed")
     parser.add_argument("--qat-steps", type=int, default=QAT_STEPS, help="in a full run")
     return parser.parse_args()
-
-
-def _rows(found: Found) -> list[Row]:
-    """The figures with what is wanted of them, then everything else that was found."""
-    rows = []
-    for name, (sense, bound) in WANTED.items():
-        if name in found:
-            wanted = found.get(bound, "") if isinstance(bound, str) else bound
-            verdict = _verdict(float(found[name]), sense, float(wanted)) if sense else ""
-            rows.append((name, _shown(found[name]), sense, _shown(wanted), verdict))
-    rest = ((name, value) for name, value in found.items() if name not in WANTED)
-    return rows + [(name, _shown(value), "", "", "") for name, value in rest]
-
-
-def _verdict(measured: float, sense: str, wanted: float) -> str:
-    met = measured >= wanted if sense == ">=" else measured <= wanted
-    return "met" if met else "MISSED"
-
-
-def _shown(value: float | str) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _write(rows: list[Row], threads: int) -> Path:
-    here = machine()
-    named = f"{here['processor']}, {here['instruction_set']}, {here['logical_cores']} cores"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"quantization-{re.sub(r'[^A-Za-z0-9]+', '-', named).strip('-').lower()}.csv"
-    versions = " ".join(f"{name}={version}" for name, version in here["versions"].items())
-    facts = {"machine": named, "threads": str(threads), "versions": versions}
-    new = {row[0]: row for row in rows} | {k: (k, v, "", "", "") for k, v in facts.items()}
-    old: dict[str, Row] = {}
-    if path.exists():
-        with path.open(newline="") as stream:
-            old = {row[0]: (*row,) for row in list(csv.reader(stream))[1:]}  # type: ignore[misc]
-    order = [*WANTED, *(name for name in {**old, **new} if name not in WANTED)]
-    with path.open("w", newline="") as stream:
-        table = csv.writer(stream)
-        table.writerow(["figure", "measured", "sense", "wanted", "verdict"])
-        table.writerows(new.get(name) or old[name] for name in order if name in new or name in old)
-    return path
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ResNet-18 and MobileNetV2 at ImageNet size with random weights: networks to time, not to score.
+"""ResNet-18, ResNet-50 and MobileNetV2 at ImageNet size with random weights: networks to time, not to score.
 
 Batch-norm statistics are estimated on noise images, so that activations keep a sane scale.
 """
@@ -52,6 +52,35 @@ class BasicBlock(nn.Module):
         return y
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 with the stride, 1x1 to four times the width, and a shortcut.
+
+    Shapes: ``(N, I, H, W) -> (N, 4 W, ceil(H / stride), ceil(W / stride))``.
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs, parts = 4 * width, list[nn.Module]()
+        for i, o, kernel, step in (
+            (inputs, width, 1, 1),
+            (width, width, 3, stride),
+            (width, outputs, 1, 1),
+        ):
+            conv = nn.Conv2d(i, o, kernel, step, kernel // 2, bias=False)
+            parts += [conv, nn.BatchNorm2d(o), nn.ReLU()]
+        self.body = nn.Sequential(*parts[:-1])
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        self.activation = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.activation(self.body(x) + self.shortcut(x))
+        return y
+
+
 class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise, 1x1 linear projection; added to the input where shapes agree.
 
@@ -80,6 +109,14 @@ def make_resnet18(seed: int = 0) -> nn.Module:
     Source: He et al. 2015 (arXiv:1512.03385).
     """
     return _drawn(_resnet18, seed)
+
+
+def make_resnet50(seed: int = 0) -> nn.Module:
+    """ResNet-50 in eval mode: ``(N, 3, 224, 224) -> (N, 1000)``, 25,557,032 parameters.
+
+    Source: He et al. 2015 (arXiv:1512.03385), with the stride of a block in its 3x3.
+    """
+    return _drawn(_resnet50, seed)
 
 
 def make_mobilenet_v2(seed: int = 0) -> nn.Module:
@@ -120,6 +157,21 @@ def _resnet18() -> nn.Module:
         layers += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
         inputs = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+
+
+def _resnet50() -> nn.Module:
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    inputs = 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for index in range(blocks):
+            layers.append(Bottleneck(inputs, width, stride if index == 0 else 1))
+            inputs = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
 
 
 def _mobilenet_v2() -> nn.Module:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from sft.core.data import Batches, Data
+from sft.core.records import Profile
+from sft.profiling.profile import profile
 
 
 class SmallNet(nn.Module):
@@ -90,3 +92,9 @@ def net(_trained_state: dict[str, torch.Tensor]) -> SmallNet:
 @pytest.fixture
 def data() -> Data:
     return made_data()
+
+
+@pytest.fixture(scope="session")
+def profiled() -> Profile:
+    """A profile of the small network on the made data, without latency."""
+    return profile(trained_net(), made_data(), "onnxruntime-avx2", rank_multiple=2)

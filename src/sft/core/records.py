@@ -169,12 +169,16 @@ class Cost(Record):
 
 @dataclass(frozen=True, config=_STRICT)
 class Candidate(Record):
-    """One entry of a layer's menu; `error` is the relative output error E|y-y'|^2 / E|y-mean|^2."""
+    """One entry of a layer's menu; `error` is the relative output error E|y-y'|^2 / E|y-mean|^2.
+
+    `rounding` is the part of the damage that comes from integers, the rest is from the split.
+    """
 
     option: Option
     error: float
     damage: float
     cost: Cost
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -191,8 +195,8 @@ class LayerProfile(Record):
     """A layer's menu, and what it was made from.
 
     `alphas`: damage per unit of relative output error, by scheme, at the middle one of the measured
-    `anchors`. `scale`: by how much the damages of the menu were corrected with a chosen network in
-    place (see `remeasure`).
+    `anchors`. `scale`: by how much the damages of its splits were corrected with a chosen network
+    in place (see `remeasure`).
     """
 
     layer: Layer

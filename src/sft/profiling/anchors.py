@@ -77,6 +77,7 @@ def with_damage(
         by_scheme.setdefault(candidate.option.scheme, []).append(candidate)
     anchors: list[Anchor] = []
     damages: dict[Option, float] = {}
+    rounding: dict[Option, float] = {}
     alphas: dict[str, float] = {}
     for scheme, own in sorted(by_scheme.items(), key=lambda pair: pair[0] not in (DENSE, STORED)):
         if scheme == KEEP:
@@ -85,6 +86,7 @@ def with_damage(
             found = [Anchor(c.option, c.error, max(measure(c.option), LEAST)) for c in own]
             anchors += found
             damages |= _never_better_with_fewer_bits(found)
+            rounding |= {a.option: damages[a.option] for a in found}
             middle = min(found, key=lambda a: abs(a.error - anchor_error))
             alphas[scheme] = middle.damage / max(middle.error, LEAST)
         else:
@@ -93,11 +95,14 @@ def with_damage(
             anchors += found
             alphas[scheme] = curve.alpha()
             split_errors = _errors_of_splits(own)
+            rounding |= {c.option: extra.get(_bits(c.option), 0.0) for c in own}
             damages |= {
-                c.option: curve(split_errors[c.option.rank]) + extra.get(_bits(c.option), 0.0)
-                for c in own
+                c.option: curve(split_errors[c.option.rank]) + rounding[c.option] for c in own
             }
-    known = tuple(dataclasses.replace(c, damage=damages[c.option]) for c in candidates)
+    known = tuple(
+        dataclasses.replace(c, damage=damages[c.option], rounding=rounding.get(c.option, 0.0))
+        for c in candidates
+    )
     return known, tuple(anchors), alphas
 
 

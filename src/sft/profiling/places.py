@@ -9,6 +9,7 @@ weight) is exchanged in the module, and the whole network is run.
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,16 @@ from torch.fx.node import map_arg
 
 from sft.core.copies import copy_module
 from sft.core.errors import InputError
-from sft.core.kernels import KINDS
+from sft.core.kernels import KINDS, bias_of, geometry_of, weight_of
+from sft.profiling.reading import kernel_rows, weight_of_rows
+from sft.profiling.regression import solve_rows
 from sft.surgery.modules import capture, get_module, replace_module
 
 Values = dict[Node, Any]
 Map = Callable[[Tensor], Tensor]
+Mend = Callable[[Node, list[Tensor]], Map | None]
+
+MENDED = 1  # layers behind one that are solved again: the second gains little more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +36,15 @@ class Place:
     """A layer where it stands.
 
     inputs : what it reads, batch by batch. outputs_with : the network's outputs ``(N, ...)`` with a
-    module in the layer's place. Both are valid until the next place is asked for.
+    module in the layer's place. outputs_mended : the same, with the layer behind it solved again,
+    as `quantize` does: for what it then reads, to give what it gives with the second module in the
+    place; None where the graph does not show it. All are valid until the next place is asked for.
     """
 
     name: str
     inputs: list[Tensor]
     outputs_with: Callable[[nn.Module], Tensor]
+    outputs_mended: Callable[[nn.Module, nn.Module], Tensor] | None = None
 
 
 def places(
@@ -56,7 +65,7 @@ def places(
     graph = _graph_of(network, batches[0])
     nodes = {} if graph is None else _own_nodes(graph, network, names)
     if graph is not None and set(others) <= set(nodes):
-        yield from _in_graph(graph, nodes, batches, others)
+        yield from _in_graph(graph, network, nodes, batches, others)
     else:
         nodes = {}
     rest = [name for name in names if name not in nodes]
@@ -90,6 +99,7 @@ def _own_nodes(graph: GraphModule, network: nn.Module, names: Sequence[str]) -> 
 
 def _in_graph(
     graph: GraphModule,
+    network: nn.Module,
     nodes: Mapping[str, Node],
     batches: Sequence[Tensor],
     stand_ins: Mapping[str, nn.Module],
@@ -100,50 +110,92 @@ def _in_graph(
     left = {node: len(node.users) for node in order}
     for index, node in enumerate(order):
         if node in names:
-
-            def outputs_with(module: nn.Module, index: int = index, node: Node = node) -> Tensor:
-                maps: dict[Node, Map] = {nodes[n]: m for n, m in stand_ins.items()}
-                maps[node] = module
-                after = order[index:]
-                kept = _apart if any(map(_writes, after)) else dict
-                return torch.cat(
-                    [
-                        _outputs(graph, after, kept(known), dict(left), batch, maps)
-                        for known, batch in zip(values, batches, strict=True)
-                    ]
-                )
-
+            rest = _Rest(graph, order[index:], values, left, batches, names)
+            fixed = {n: stand_ins[name] for n, name in names.items() if name in stand_ins}
             data = node.args[0]
             assert isinstance(data, Node)
-            yield Place(names[node], [known[data] for known in values], outputs_with)
+            yield Place(
+                names[node],
+                [known[data] for known in values],
+                partial(_with, rest, node, fixed),
+                partial(_mended, rest, node, network),
+            )
         if node.op == "output":
             return
         name = names.get(node, "")
-        fixed: dict[Node, Map] = {node: stand_ins[name]} if name in stand_ins else {}
+        own: dict[Node, Map] = {node: stand_ins[name]} if name in stand_ins else {}
         for known, batch in zip(values, batches, strict=True):
-            known[node] = _value(graph, node, known, batch, fixed)
+            known[node] = _value(graph, node, known, batch, own)
         for source in _done(node, left):
             for known in values:
                 known.pop(source, None)
 
 
-def _outputs(
-    graph: GraphModule,
-    nodes: Sequence[Node],
-    values: Values,
-    left: dict[Node, int],
-    batch: Tensor,
-    maps: Mapping[Node, Map],
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """What is left to run from a node on, for every batch."""
+
+    graph: GraphModule
+    nodes: list[Node]
+    values: list[Values]
+    left: dict[Node, int]
+    batches: Sequence[Tensor]
+    names: dict[Node, str]
+
+    def run(self, maps: Mapping[Node, Map], mend: Mend | None = None) -> Tensor:
+        """The first output ``(N, ...)``, on the processor.
+
+        mend : gets each layer's node with what it reads, and may give another map for it.
+        """
+        own_copy = _apart if any(map(_writes, self.nodes)) else dict
+        values, left = [own_copy(known) for known in self.values], dict(self.left)
+        for node in self.nodes:
+            if node.op == "output":
+                return torch.cat([known[node.all_input_nodes[0]].cpu() for known in values])
+            own: Mapping[Node, Map] = maps
+            if mend is not None and node in self.names and node not in maps:
+                read: Any = node.args[0]
+                changed = mend(node, [known[read] for known in values])
+                own = maps if changed is None else {**maps, node: changed}
+            for known, batch in zip(values, self.batches, strict=True):
+                known[node] = _value(self.graph, node, known, batch, own)
+            for source in _done(node, left):
+                for known in values:
+                    known.pop(source, None)
+        raise AssertionError("a graph ends with its outputs")
+
+
+def _with(rest: _Rest, node: Node, fixed: Mapping[Node, Map], module: nn.Module) -> Tensor:
+    return rest.run({**fixed, node: module})
+
+
+def _mended(
+    rest: _Rest, node: Node, network: nn.Module, module: nn.Module, like: nn.Module
 ) -> Tensor:
-    """Run the rest of the graph for one batch; its first output, on the processor."""
-    for node in nodes:
-        if node.op == "output":
-            first: Tensor = values[node.all_input_nodes[0]]
-            return first.cpu()
-        values[node] = _value(graph, node, values, batch, maps)
-        for source in _done(node, left):
-            values.pop(source, None)
-    raise AssertionError("a graph ends with its outputs")
+    """With the next `MENDED` layers solved again for the outputs that they have behind `like`."""
+    wanted: dict[Node, list[Tensor]] = {}
+
+    def remember(later: Node, inputs: list[Tensor]) -> Map | None:
+        if len(wanted) < MENDED:
+            layer = get_module(network, rest.names[later])
+            wanted[later] = [layer(x) for x in inputs]
+        return None
+
+    def mend(later: Node, inputs: list[Tensor]) -> Map | None:
+        layer = get_module(network, rest.names[later])
+        bias, part = bias_of(layer), geometry_of(layer)
+        if later not in wanted or bias is None or part.transposed:
+            return None
+        mended = copy_module(layer)
+        weight = weight_of(mended)
+        solved = solve_rows(kernel_rows(weight, part), part, inputs, wanted[later], 0)
+        if solved is not None:
+            weight.data.copy_(weight_of_rows(solved[0].to(weight), part))
+            bias_of(mended).data.copy_(solved[1])  # type: ignore[union-attr]
+        return mended
+
+    rest.run({node: like}, remember)
+    return rest.run({node: module}, mend)
 
 
 def _writes(node: Node) -> bool:

@@ -21,7 +21,7 @@ from sft.profiling.candidates import WEIGHT_BITS, menu, schemes_for
 from sft.profiling.damage import collect_inputs, divergence
 from sft.profiling.memory import FLOAT_BYTES, INTEGER_BYTES, Memory, alive_numbers
 from sft.profiling.places import Place, places
-from sft.profiling.stand_ins import stand_in
+from sft.profiling.stand_ins import COARSE, stand_in
 from sft.profiling.statistics import gather_statistics
 from sft.profiling.store import PROFILE_FILE as PROFILE_FILE
 from sft.profiling.store import STATISTICS_FILE as STATISTICS_FILE
@@ -36,10 +36,11 @@ from sft.surgery.modules import (
 )
 
 ANCHOR_ERROR = 0.1
-ANCHOR_SAMPLES, LEAST_SAMPLES = 256, 16
+ANCHOR_SAMPLES, LEAST_SAMPLES = 128, 16
 ANCHOR_MACS = 3 * 10**13  # that anchors may cost in all: some ten minutes on two cores
 PASSES = 7  # about, for each layer
 BATCH = 64
+WORTH_MENDING = 1e-3  # damage below which it does not matter whether it is mended
 ENOUGH = 10
 
 
@@ -99,7 +100,7 @@ def profile(
     loss_aware : weigh output errors by the second moment of the loss gradient (a backward pass a
         batch; targets are sampled from the model's own predictions, no labels are needed).
     rank_multiple : ranks on the menus are multiples of it; None takes the target's lanes.
-    anchor_samples, anchor_error : on how many samples damage is measured (by default 256, fewer for
+    anchor_samples, anchor_error : on how many samples damage is measured (by default 128, fewer for
         networks that cost much), and about which relative output error of a split: near what the
         budget will need is best.
     resume : a folder for what is finished, layer by layer; an interrupted call with the same
@@ -246,7 +247,7 @@ def _measure(
     """The menu of every layer, with its damage; finished ones are taken from `unfinished`."""
     layers = {layer.name: layer for layer in inside.layers}
     inputs = collect_inputs(data.calibration, how.anchor_samples or samples_for(inside))
-    batches = list(torch.split(inputs.to(_device(folded)), BATCH))
+    batches = quick_batches(inputs.to(_device(folded)))
     with torch.no_grad():
         reference = torch.cat([folded(x).cpu() for x in batches])
         open_layers = [name for name in layers if name not in unfinished.layers]
@@ -265,8 +266,7 @@ def _measure(
                 module: nn.Module = module,
                 own: Statistics | None = own,
             ) -> float:
-                replacement = stand_in(module, option, place.inputs, own, target, how.seed)
-                return divergence(reference, place.outputs_with(replacement))
+                return _damage(place, module, option, own, reference, target, how.seed)
 
             known, anchors, alphas = with_damage(candidates, measure, how.anchor_error)
             entry = LayerProfile(
@@ -277,8 +277,40 @@ def _measure(
     return [unfinished.layers[name] for name in layers]
 
 
+def _damage(
+    place: Place,
+    module: nn.Module,
+    option: Option,
+    statistics: Statistics | None,
+    reference: torch.Tensor,
+    target: Target,
+    seed: int,
+) -> float:
+    """Divergence with one layer as an option would leave it.
+
+    What coarse rounding loses is largely mended by the layer behind it, which is fitted when the
+    network is quantised; it is fitted here too where that is worth its time.
+    """
+    changed = stand_in(module, option, place.inputs, statistics, target, seed)
+    found = divergence(reference, place.outputs_with(changed))
+    coarse = option.weight_bits is not None and option.weight_bits <= COARSE
+    if not coarse or found < WORTH_MENDING or place.outputs_mended is None:
+        return found
+    like = module
+    if option.rank:
+        floats = dataclasses.replace(option, weight_bits=None)
+        like = stand_in(module, floats, [], statistics, target, seed)
+    return min(found, divergence(reference, place.outputs_mended(changed, like)))
+
+
+def quick_batches(inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Samples in batches, images with their channels last, which most kernels run faster."""
+    order = torch.channels_last if inputs.ndim == 4 else torch.preserve_format
+    return [x.contiguous(memory_format=order) for x in torch.split(inputs, BATCH)]
+
+
 def samples_for(inside: Inspection) -> int:
-    """How many samples damage is measured on: 256, or fewer where that costs too much."""
+    """How many samples damage is measured on: 128, or fewer where that costs too much."""
     work = inside.macs * len(inside.layers) * PASSES
     return max(LEAST_SAMPLES, min(ANCHOR_SAMPLES, ANCHOR_MACS // max(work, 1)))
 

@@ -1,8 +1,9 @@
 """The verb `remeasure`: a profile corrected with a chosen network in place.
 
-Damages are measured one layer at a time, and planned as if they added up; at low bits they do not.
-With all layers as a plan has them, each is put back to what it was: by how much the divergence
-falls is what the layer does there, and its menu is scaled to that.
+Damages are measured one layer at a time, and planned as if they added up; those of splits do not:
+together they are some times greater. With all layers split as a plan has them, each is put back to
+what it was: by how much the divergence falls is what its split does there, and its menu is scaled
+to that. What rounding adds is left as it was measured.
 """
 
 import dataclasses
@@ -15,14 +16,13 @@ from sft.core.data import Data
 from sft.core.errors import InputError
 from sft.core.progress import track
 from sft.core.randomness import forked_rng
-from sft.core.records import Plan, Profile
+from sft.core.records import Candidate, LayerProfile, Option, Plan, Profile
+from sft.decompositions import factorize
 from sft.models.inspect import inspect
 from sft.profiling.damage import collect_inputs, divergence
 from sft.profiling.held_out import device_of
 from sft.profiling.places import places
-from sft.profiling.profile import BATCH, samples_for
-from sft.profiling.stand_ins import stand_in
-from sft.runtimes.targets import find_target
+from sft.profiling.profile import quick_batches, samples_for
 from sft.surgery.modules import fold_batch_norm, get_module, open_all_recurrent
 
 FURTHEST = 30.0  # a scale is not moved by more than this factor in one round
@@ -31,7 +31,9 @@ NEGLIGIBLE = 1e-3  # of the whole damage: below it a layer tells nothing
 
 @dataclasses.dataclass(frozen=True)
 class Remeasured:
-    """The corrected profile, and the measured damage of the plan it was measured with."""
+    """The corrected profile, and the damage of the plan it was measured with: that of all splits
+    together as measured, and what rounding adds as predicted.
+    """
 
     profile: Profile
     damage: float
@@ -50,52 +52,56 @@ def remeasure(
     """Measure a plan's layers where they will stand; plan again from the profile that comes of it.
 
     model, data : those of the profile. anchor_samples : first calibration samples to measure on, by
-    default as in `profile`. The network is split and rounded as the plan says; nothing is
-    trained. The profile that is given is not changed.
+    default as in `profile`. The layers are split as the plan says and not rounded; nothing is
+    trained. The profile that is given is not changed. A plan that splits nothing is not measured.
     Raises `InputError` if plan and profile do not have the same layers.
     """
     entries = {entry.layer.name: entry for entry in profile.layers}
-    options = {row.name: row.option for row in plan.rows}
-    if set(options) != set(entries):
+    if {row.name for row in plan.rows} != set(entries):
         raise InputError("The plan's layers are not those of the profile: make it from this one.")
+    chosen = {row.name: _on_menu(entries[row.name], row.option) for row in plan.rows}
+    rounding = sum(c.rounding for c in chosen.values())
+    split = {name: c for name, c in chosen.items() if c.option.rank}
+    if not split:
+        return Remeasured(profile, rounding)
     example = data.example().to(device_of(model))
     with forked_rng(seed):
         network, _ = open_all_recurrent(fold_batch_norm(model, example))
         count = anchor_samples or samples_for(inspect(network, example, profile.model))
-        batches = list(
-            torch.split(collect_inputs(data.calibration, count).to(example.device), BATCH)
-        )
+        inputs = collect_inputs(data.calibration, count).to(example.device)
+        batches = quick_batches(inputs)
         reference = torch.cat([network(x).cpu() for x in batches])
-        stand_ins = _stand_ins(network, profile, plan, batches, seed)
-        whole, marginal = _marginal(network, stand_ins, batches, reference)
-    predicted = {row.name: _predicted(profile, row.name, plan) for row in plan.rows}
-    scales = _scales(whole, marginal, predicted)
-    layers = tuple(
-        dataclasses.replace(
-            entry,
-            scale=entry.scale * scales[entry.layer.name],
-            candidates=tuple(
-                dataclasses.replace(c, damage=c.damage * scales[entry.layer.name])
-                for c in entry.candidates
-            ),
-        )
-        for entry in profile.layers
+        known = profile.statistics or {}
+        factorized = {
+            name: factorize(
+                get_module(network, name), c.option.scheme, c.option.rank, known.get(name)
+            )
+            for name, c in split.items()
+        }
+        whole, marginal = _marginal(network, factorized, batches, reference)
+    scales = _scales(whole, marginal, {name: c.damage - c.rounding for name, c in split.items()})
+    layers = tuple(_scaled(entry, scales.get(entry.layer.name, 1.0)) for entry in profile.layers)
+    return Remeasured(dataclasses.replace(profile, layers=layers), whole + rounding)
+
+
+def _on_menu(entry: LayerProfile, option: Option) -> Candidate:
+    """The candidate of an option; one that is not on the menu cannot be corrected."""
+    for candidate in entry.candidates:
+        if candidate.option == option:
+            return candidate
+    raise InputError(
+        f"'{option}' is not on the menu of layer '{entry.layer.name}' with weight "
+        f"{entry.layer.weight_shape}, so what it does there cannot be told from the profile."
     )
-    return Remeasured(dataclasses.replace(profile, layers=layers), whole)
 
 
-def _stand_ins(
-    network: nn.Module, profile: Profile, plan: Plan, batches: list[Tensor], seed: int
-) -> dict[str, nn.Module]:
-    """Every layer as the plan has it."""
-    target, known = find_target(profile.target), profile.statistics or {}
-    options = {row.name: row.option for row in plan.rows}
-    made: dict[str, nn.Module] = {}
-    walk = places(network, list(options), batches)
-    for place in track(walk, "layers made", len(options)):
-        module, own = get_module(network, place.name), known.get(place.name)
-        made[place.name] = stand_in(module, options[place.name], place.inputs, own, target, seed)
-    return made
+def _scaled(entry: LayerProfile, factor: float) -> LayerProfile:
+    """The menu with the part of each damage that comes from the split times a factor."""
+    candidates = tuple(
+        dataclasses.replace(c, damage=(c.damage - c.rounding) * factor + c.rounding)
+        for c in entry.candidates
+    )
+    return dataclasses.replace(entry, scale=entry.scale * factor, candidates=candidates)
 
 
 def _marginal(
@@ -111,12 +117,6 @@ def _marginal(
         without = divergence(reference, place.outputs_with(get_module(network, place.name)))
         falls[place.name] = whole - without
     return whole, falls
-
-
-def _predicted(profile: Profile, name: str, plan: Plan) -> float:
-    entry = next(entry for entry in profile.layers if entry.layer.name == name)
-    option = plan.option(name)
-    return next((c.damage for c in entry.candidates if c.option == option), math.nan)
 
 
 def _scales(

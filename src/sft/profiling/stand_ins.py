@@ -21,7 +21,7 @@ from sft.quantizers.scale import best_scale
 
 UNSEEN = 0.03  # of the mean variance, added to a covariance: a sample shows too little of it
 COARSE = 6  # bits up to which the better rounding changes what is measured
-SAMPLE = 2**16  # numbers that show the range of an activation
+SAMPLE = 2**13  # numbers that show the range of an activation
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ class Integers(nn.Module):
         super().__init__()
         self.module, layout = module, target.layout
         self.low, self.high = layout.activation_min, layout.activation_max
-        every = max(1, sum(x.numel() for x in inputs) // SAMPLE)
+        every = max(1, sum(x.numel() for x in inputs) // SAMPLE) | 1  # odd: meets every channel
         flat = torch.cat([x.flatten()[::every] for x in inputs])
         bottom, top = ranges["mse"](flat[None], None, self.low, self.high, False)
         self.scale = max(float(top - bottom) / (self.high - self.low), 1e-12)

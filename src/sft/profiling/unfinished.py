@@ -28,7 +28,7 @@ class Unfinished:
         (folder / LAYERS).mkdir(parents=True, exist_ok=True)
         note = folder / REQUEST
         if note.is_file():
-            _compare(json.loads(read_text(note))["request"], request, folder)
+            _compare(_noted(note), request, folder)
         write_text(note, json.dumps({"request": request}) + "\n")
         for path in sorted((folder / LAYERS).glob("*.json")):
             entry = LayerProfile.load(path)
@@ -57,9 +57,19 @@ class Unfinished:
             entry.save(self._folder / LAYERS / f"{len(self.layers):04}.json")
 
 
+def _noted(note: Path) -> str:
+    """The request that a folder was begun for."""
+    try:
+        return str(json.loads(read_text(note))["request"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"'{note}' was not written by an unfinished profile. Give another folder."
+        ) from None
+
+
 def _compare(stored: str, wanted: str, folder: Path) -> None:
     """Raise `InputError` that names the parts in which two requests differ."""
-    before, now = (dict(part.split(":", 1) for part in r.split()) for r in (stored, wanted))
+    before, now = (dict(p.partition(":")[::2] for p in r.split()) for r in (stored, wanted))
     changed = [part for part in now if before.get(part) != now[part]]
     if changed:
         raise InputError(

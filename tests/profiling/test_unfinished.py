@@ -1,0 +1,145 @@
+"""An interrupted profile goes on from what was finished, and from nothing else."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sft.core.data import Data
+from sft.core.errors import InputError
+from sft.core.records import Profile
+from sft.profiling import profile as room
+from sft.profiling.profile import profile
+from sft.profiling.unfinished import Unfinished
+
+OPTIONS = {"schemes": ["channel_in"], "weight_bits": 8, "anchor_samples": 16}
+PARTS = "weights:1 data:2 target:3 options:4 torch:5"
+
+
+def quick(net: nn.Module, data: Data, resume: Path | None = None, **options: object) -> Profile:
+    given = {**OPTIONS, "target": "onnxruntime-avx2", **options}
+    return profile(net, data, resume=resume, **given)
+
+
+def same(first: Profile, second: Profile) -> bool:
+    known = first.statistics.keys() == second.statistics.keys() and all(
+        torch.equal(own.patch_mean, second.statistics[name].patch_mean)
+        for name, own in first.statistics.items()
+    )
+    return first == second and known
+
+
+class Stopping:
+    """Counts the calls of a function, and interrupts one of them."""
+
+    def __init__(self, work: Callable[..., object], at: int | None) -> None:
+        self.work, self.at, self.calls = work, at, 0
+
+    def __call__(self, *given: object, **named: object) -> object:
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return self.work(*given, **named)
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_the_rest_is_measured_and_the_profile_is_that_of_one_go(
+    net, data, tmp_path, monkeypatch, at: int
+) -> None:
+    whole = quick(net, data)
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "with_damage", Stopping(room.with_damage, at))
+        with pytest.raises(KeyboardInterrupt):
+            quick(net, data, tmp_path / "begun")
+    measured = Stopping(room.with_damage, None)
+    gathered = Stopping(room.gather_statistics, None)
+    monkeypatch.setattr(room, "with_damage", measured)
+    monkeypatch.setattr(room, "gather_statistics", gathered)
+    resumed = quick(net, data, tmp_path / "begun")
+    assert same(resumed, whole)
+    assert (measured.calls, gathered.calls) == (4 - at, 0)
+    assert same(quick(net, data, tmp_path / "begun"), whole)
+    assert (measured.calls, gathered.calls) == (4 - at, 0)
+    assert same(quick(net, data, tmp_path / "other"), whole)
+    assert (measured.calls, gathered.calls) == (8 - at, 1)
+
+
+def test_a_loader_that_breaks_off_leaves_no_half_statistics(net, data, tmp_path) -> None:
+    class Breaking:
+        def __init__(self) -> None:
+            self.reads = 0
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for index, batch in enumerate(data.calibration):
+                self.reads += 1
+                if self.reads > 6 and index == 2:
+                    raise ConnectionError("the cable was pulled")
+                yield batch
+
+    broken = dataclasses.replace(data, calibration=Breaking())
+    with pytest.raises(ConnectionError, match="cable"):
+        quick(net, broken, tmp_path / "begun")
+    assert not (tmp_path / "begun" / "samples.json").exists()
+    assert same(quick(net, data, tmp_path / "begun"), quick(net, data))
+
+
+def moved(net: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        net.fc.bias[0] += 1e-3
+    return net
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("weights", lambda net, data: ((moved(net), data), {})),
+        ("data", lambda net, data: ((net, dataclasses.replace(data, calibration=data.test)), {})),
+        ("target", lambda net, data: ((net, data), {"target": "onnxruntime-vnni"})),
+        ("options", lambda net, data: ((net, data), {"schemes": ["channel_out"]})),
+        ("options", lambda net, data: ((net, data), {"weight_bits": 4})),
+        ("options", lambda net, data: ((net, data), {"anchor_samples": 24})),
+        ("options", lambda net, data: ((net, data), {"loss_aware": True})),
+        ("options", lambda net, data: ((net, data), {"seed": 1})),
+    ],
+)
+def test_what_was_begun_for_another_request_is_refused(net, data, tmp_path, part, change) -> None:
+    Unfinished(tmp_path, room.fingerprint(net, data, room.find_target("onnxruntime-avx2"), _how()))
+    given, options = change(net, data)
+    with pytest.raises(InputError, match=f"begun for another request; different now: {part}\\."):
+        quick(*given, tmp_path, **options)
+
+
+def _how(**changes: object) -> room.Measuring:
+    usual = room.Measuring(("channel_in",), (8,), anchor_samples=16)
+    return dataclasses.replace(usual, **changes)
+
+
+def test_the_same_request_is_taken_and_the_name_of_the_model_is_none_of_it(
+    net, data, tmp_path
+) -> None:
+    Unfinished(tmp_path, room.fingerprint(net, data, room.find_target("onnxruntime-avx2"), _how()))
+    assert quick(net, data, tmp_path, name="other").model == "other"
+
+
+def test_all_that_differs_is_named(tmp_path) -> None:
+    Unfinished(tmp_path, PARTS)
+    Unfinished(tmp_path, PARTS)
+    with pytest.raises(InputError, match="different now: weights, torch\\. Delete the folder"):
+        Unfinished(tmp_path, PARTS.replace("1", "x").replace("5", "y"))
+    Unfinished(tmp_path, PARTS)  # a refusal leaves the folder as it was
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3", '{"other": 1}'])
+def test_a_folder_of_something_else_is_refused(tmp_path, content: str) -> None:
+    (tmp_path / "request.json").write_text(content)
+    with pytest.raises(InputError, match="not written by an unfinished profile"):
+        Unfinished(tmp_path, PARTS)
+
+
+def test_without_a_folder_nothing_is_written(net, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick(net, data)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,121 @@
+"""Planning with the network at hand."""
+
+import dataclasses
+
+import pytest
+
+from sft import planned as room
+from sft.core.budget import Budget
+from sft.core.records import Candidate, Plan, Profile
+from sft.planned import plan_in_place
+from sft.planning.allocate import plan as make_plan
+from sft.profiling.remeasure import Remeasured, remeasure
+
+TIGHT = Budget(size=0.2, macs=0.3)
+
+
+def options(plan: Plan) -> list[str]:
+    return [str(row.option) for row in plan.rows]
+
+
+def test_without_a_limit_nothing_is_measured(profiled, net, data, monkeypatch) -> None:
+    monkeypatch.setattr(room, "remeasure", None)
+    assert plan_in_place(profiled, Budget(), net, data) == make_plan(profiled, Budget())
+    kept = plan_in_place(profiled, Budget(max_drop=0.1), net, data, keep=["fc"])
+    assert kept.option("fc").scheme == "keep"
+
+
+def flattering(profile: Profile) -> Profile:
+    """A profile in which the lower a rank is, the less it seems to do."""
+
+    def damage(c: Candidate) -> float:
+        return c.rounding + 1e-4 * sum(c.option.rank)
+
+    layers = tuple(
+        dataclasses.replace(
+            entry,
+            candidates=tuple(dataclasses.replace(c, damage=damage(c)) for c in entry.candidates),
+        )
+        for entry in profile.layers
+    )
+    return dataclasses.replace(profile, layers=layers)
+
+
+def test_the_plan_of_least_damage_in_place_is_given(profiled, net, data, monkeypatch) -> None:
+    flattered = flattering(profiled)
+    seen: list[tuple[float, Plan]] = []
+
+    def watched(profile: Profile, plan: Plan, *more: object, **named: object) -> Remeasured:
+        found = remeasure(profile, plan, net, data, **named)
+        seen.append((found.damage, plan))
+        return found
+
+    monkeypatch.setattr(room, "remeasure", watched)
+    chosen = plan_in_place(flattered, TIGHT, net, data)
+    assert len(seen) > 1
+    assert len({tuple(options(plan)) for _, plan in seen}) == len(seen)
+    assert chosen == min(seen, key=lambda pair: pair[0])[1]
+    assert seen[0][1] == make_plan(flattered, TIGHT)
+    assert chosen != seen[0][1]
+    assert chosen.cost.size <= 0.2 * profiled.size
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_best_round_wins_and_a_plan_seen_before_ends_it(
+    profiled, net, data, monkeypatch, best: int
+) -> None:
+    """Each round makes the layer that is 2 bits now dear, so that another one is chosen."""
+    asked: list[Plan] = []
+
+    def made(profile: Profile, plan: Plan, *_: object, **__: object) -> Remeasured:
+        asked.append(plan)
+        layers = tuple(
+            dataclasses.replace(
+                entry,
+                candidates=tuple(
+                    dataclasses.replace(c, damage=c.damage + 10.0)
+                    if c.option == plan.option(entry.layer.name) and entry.layer.name == "down"
+                    else c
+                    for c in entry.candidates
+                ),
+            )
+            for entry in profile.layers
+        )
+        damage = 0.5 if len(asked) - 1 == best else 1.0
+        return Remeasured(dataclasses.replace(profile, layers=layers), damage)
+
+    monkeypatch.setattr(room, "remeasure", made)
+    chosen = plan_in_place(profiled, TIGHT, net, data, rounds=2)
+    assert len(asked) == 3
+    assert chosen == asked[best]
+    asked.clear()
+    plan_in_place(profiled, TIGHT, net, data, rounds=0)
+    assert len(asked) == 1
+    asked.clear()
+    monkeypatch.setattr(room, "remeasure", lambda p, plan, *_, **__: (
+        asked.append(plan), Remeasured(p, 1.0))[1])  # fmt: skip
+    plan_in_place(profiled, TIGHT, net, data, rounds=5)
+    assert len(asked) == 1
+
+
+def test_it_is_the_same_each_time_and_keeps_what_is_asked(profiled, net, data) -> None:
+    first = plan_in_place(profiled, TIGHT, net, data, keep=["stem"])
+    assert first == plan_in_place(profiled, TIGHT, net, data, keep=["stem"])
+    assert first.option("stem").scheme == "keep"
+    option = next(
+        c.option for c in profiled.layers[2].candidates if c.option.rank and c.option.weight_bits
+    )
+    fixed = plan_in_place(profiled, TIGHT, net, data, overrides={"down": option})
+    assert fixed.option("down") == option
+
+
+def test_the_seed_is_that_of_the_measuring(profiled, net, data, monkeypatch) -> None:
+    seeds: list[object] = []
+
+    def watched(profile: Profile, plan: Plan, *_: object, seed: int) -> Remeasured:
+        seeds.append(seed)
+        return Remeasured(profile, 1.0)
+
+    monkeypatch.setattr(room, "remeasure", watched)
+    plan_in_place(profiled, TIGHT, net, data, seed=7)
+    assert seeds == [7]
