@@ -12,6 +12,7 @@ from sft.calibration.factors import orthonormalize
 from sft.calibration.rounding import MANY, How, round_weights, samples_wanted
 from sft.calibration.samples import Reservoir, quick_layout, samples_that_fit
 from sft.calibration.sensitivity import find_sensitive, first_output, keep_in_float
+from sft.core.allocator import kept_memory
 from sft.core.data import Loader
 from sft.core.distributed import broadcast_, gather_tensors
 from sft.core.progress import say
@@ -26,6 +27,7 @@ from sft.runtimes.targets import find_target
 from sft.surgery.quantize import QuantizedModel, prepare
 
 
+@kept_memory()
 @torch.no_grad()
 def quantize(
     small: nn.Module,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sft.core.allocator import kept_memory
 from sft.core.data import Data, fingerprint_data
 from sft.core.errors import InputError
 from sft.core.progress import say, track
@@ -69,6 +70,7 @@ class Measuring:
             decompositions[scheme]
 
 
+@kept_memory()
 def profile(
     model: nn.Module,
     data: Data,

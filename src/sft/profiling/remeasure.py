@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sft.core.allocator import kept_memory
 from sft.core.data import Data
 from sft.core.errors import InputError
 from sft.core.progress import track
@@ -39,6 +40,7 @@ class Remeasured:
     damage: float
 
 
+@kept_memory()
 @torch.no_grad()
 def remeasure(
     profile: Profile,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from sft.core.allocator import kept_memory
 from sft.core.copies import copy_module
 from sft.core.data import Loader, inputs_of
 from sft.core.distributed import all_reduce_mean_
@@ -30,6 +31,7 @@ REPORT_EVERY = 50
 M = TypeVar("M", bound=nn.Module)
 
 
+@kept_memory()
 def finetune(
     model: M,
     train: Loader,

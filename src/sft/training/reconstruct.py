@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sft.core.allocator import kept_memory
 from sft.core.copies import copy_module
 from sft.core.data import Loader
 from sft.core.errors import InputError
@@ -44,6 +45,7 @@ ENOUGH = 20  # positions for each number that a factor reads; with fewer it stay
 Stretch = dict[str, "_Fit"]
 
 
+@kept_memory()
 @torch.no_grad()
 def reconstruct(
     small: nn.Module,

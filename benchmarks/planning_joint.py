@@ -1,0 +1,167 @@
+"""Rank and bits chosen together, beside three ways to choose them apart, at equal costs.
+
+Each rival gets at least the bytes and the milliseconds of the joint plan (predicted by one table;
+the files are measured), the same schemes, the same menus of ranks and widths, and is built in the
+same way. Where a rival has a free choice, it takes what is best by the profile's damages.
+
+uniform          one share of the full rank and one width for all layers; the best scheme of two
+greedy energy    ranks that leave the most energy for their costs, layer by layer, all at 8 bits
+rank, then bits  ranks of least damage at 8 bits within the latency, then widths within the size
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from figures import Found
+from planning_cases import Case, integers
+
+import sft
+from sft.core.errors import BudgetError
+from sft.core.progress import say
+from sft.core.records import DENSE, Candidate, LayerProfile, Plan, Profile
+
+Chosen = Sequence[Candidate]
+
+
+def measure_joint(case: Case, budgets: int) -> Found:
+    """Measured damages of all four at each budget, and how much less the joint plan's is."""
+    found: Found = {}
+    whole = [_dense(entry) for entry in case.profile.layers]
+    eight = case.plan_of(whole, "whole").cost
+    for number, (size, latency) in enumerate(case.budgets[:budgets]):
+        budget = sft.Budget(size_bytes=int(size * eight.size), latency_ms=latency * _ms(eight))
+        joint = sft.plan_in_place(case.profile, budget, case.model, case.data)
+        limits = (joint.cost.size, _ms(joint.cost))
+        name = f"{case.name}_{size:g}_{latency:g}"
+        plans = {"joint": joint} | {k: rival(case, limits) for k, rival in RIVALS.items()}
+        for way, plan in plans.items():
+            artifact = case.build(plan, f"{number}-{way}") if plan else None
+            damage = math.inf if artifact is None else case.damage(artifact)
+            found[f"{name}_{way}_damage"] = damage
+            if artifact is not None and plan is not None:
+                found[f"{name}_{way}_bytes"] = artifact.file_bytes
+                found[f"{name}_{way}_milliseconds_predicted"] = _ms(plan.cost)
+            say(f"{name} {way}: damage {damage:.4g}")
+        for way in RIVALS:
+            rival = float(found[f"{name}_{way}_damage"])
+            found[f"{name}_gain_vs_{way}"] = 1 - float(found[f"{name}_joint_damage"]) / rival
+    return found
+
+
+def uniform(case: Case, limits: tuple[int, float]) -> Plan | None:
+    """The best of all (share of rank, scheme, width) that fit, by predicted damage."""
+    best: Chosen | None = None
+    for bits in (8, 4, 2):
+        for scheme in ("channel_in", "channel_out"):
+            for share in (i / 40 for i in range(1, 41)):
+                chosen = [_at_share(entry, scheme, share, bits) for entry in case.profile.layers]
+                if _fits(case, chosen, limits) and (
+                    best is None or _damage(chosen) < _damage(best)
+                ):
+                    best = chosen
+    return None if best is None else case.plan_of(best, "uniform")
+
+
+def greedy_energy(case: Case, limits: tuple[int, float]) -> Plan | None:
+    """From whole layers down: always the step that loses the least energy for its saving.
+
+    The error of a split is the share of the energy of the layer's outputs that it loses.
+    """
+    menus = [
+        [c for c in integers(e) if c.option.weight_bits in (8, None)] for e in case.profile.layers
+    ]
+    chosen = [next(c for c in menu if not c.option.rank) for menu in menus]
+    while not _fits(case, chosen, limits):
+        steps = [
+            (_loss_per_saving(now, other, limits), place, other)
+            for place, (now, menu) in enumerate(zip(chosen, menus, strict=True))
+            for other in menu
+            if other.error > now.error and _saving(now, other, limits) > 0
+        ]
+        if not steps:
+            return None
+        _, place, other = min(steps, key=lambda step: step[0])
+        chosen[place] = other
+    return case.plan_of(chosen, "greedy energy")
+
+
+def rank_then_bits(case: Case, limits: tuple[int, float]) -> Plan | None:
+    """Two plans of the exact solver: ranks at 8 bits under the latency, then widths."""
+    size, milliseconds = limits
+    try:
+        first = _restricted(case.profile, lambda _, c: c.option.weight_bits in (8, None))
+        ranked = sft.plan(first, sft.Budget(latency_ms=milliseconds * (1 + 1e-9)))
+        rank = {row.name: (row.option.scheme, row.option.rank) for row in ranked.rows}
+        second = _restricted(
+            case.profile, lambda name, c: (c.option.scheme, c.option.rank) == rank[name]
+        )
+        return sft.plan(second, sft.Budget(size_bytes=size))
+    except BudgetError:
+        return None
+
+
+RIVALS: dict[str, Callable[[Case, tuple[int, float]], Plan | None]] = {
+    "uniform": uniform,
+    "greedy_energy": greedy_energy,
+    "rank_then_bits": rank_then_bits,
+}
+
+
+def _restricted(profile: Profile, allowed: Callable[[str, Candidate], bool]) -> Profile:
+    """The profile with fewer options; what is kept in float stays, as the cost of the original."""
+    layers = []
+    for entry in profile.layers:
+        kept = tuple(
+            c
+            for c in entry.candidates
+            if c.option.scheme == "keep" or (allowed(entry.layer.name, c) and c in integers(entry))
+        )
+        layers.append(dataclasses.replace(entry, candidates=kept))
+    return dataclasses.replace(profile, layers=tuple(layers))
+
+
+def _dense(entry: LayerProfile) -> Candidate:
+    return next(c for c in integers(entry) if not c.option.rank)
+
+
+def _at_share(entry: LayerProfile, scheme: str, share: float, bits: int) -> Candidate:
+    """The greatest rank within a share of the greatest on the menu; whole where there is none."""
+    own = [c for c in integers(entry) if c.option.weight_bits in (bits, None)]
+    ranked = [c for c in own if c.option.rank and c.option.scheme == scheme]
+    ranked = ranked or [c for c in own if c.option.rank]
+    whole = [c for c in own if not c.option.rank]
+    if share >= 1 or not ranked:
+        return whole[0]
+    most = max(c.option.rank[0] for c in ranked)
+    fitting = [c for c in ranked if c.option.rank[0] <= share * most]
+    return max(fitting, key=lambda c: c.option.rank) if fitting else min(
+        ranked, key=lambda c: c.option.rank
+    )  # fmt: skip
+
+
+def _fits(case: Case, chosen: Chosen, limits: tuple[int, float]) -> bool:
+    cost = case.plan_of(chosen, "").cost
+    return cost.size <= limits[0] and _ms(cost) <= limits[1] * (1 + 1e-9)
+
+
+def _damage(chosen: Chosen) -> float:
+    return sum(c.damage for c in chosen)
+
+
+def _saving(now: Candidate, other: Candidate, limits: tuple[int, float]) -> float:
+    """What a step saves, of both limits together."""
+    time = (now.cost.latency or 0.0) - (other.cost.latency or 0.0)
+    return (now.cost.size - other.cost.size) / limits[0] + time / limits[1]
+
+
+def _loss_per_saving(now: Candidate, other: Candidate, limits: tuple[int, float]) -> float:
+    return (other.error - now.error) / _saving(now, other, limits)
+
+
+def _ms(cost: sft.Plan | object) -> float:
+    latency = getattr(cost, "latency", None)
+    return float(latency) if latency is not None else math.inf
+
+
+__all__ = ["DENSE", "RIVALS", "measure_joint"]
