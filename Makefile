@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench bench-decompositions bench-quantization setup
+.PHONY: demo test test-slow lint bench bench-decompositions bench-quantization bench-planning setup
 
 demo: $(READY)
 	$(VENV)/bin/sft demo
@@ -31,6 +31,10 @@ bench-decompositions: $(READY)
 # Needs the peers and more packages for some networks and data; each script names what is missing.
 bench-quantization: $(READY)
 	$(PYTHON) benchmarks/quantization.py
+
+# Needs more packages for one network and its photos.
+bench-planning: $(READY)
+	$(PYTHON) benchmarks/planning.py
 
 setup: $(READY)
 

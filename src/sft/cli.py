@@ -136,13 +136,17 @@ def _model(verb: argparse.ArgumentParser, score: bool = False) -> None:
 
 
 def _measuring(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--no-latency", action="store_true", help="do not time the options")
+    verb.add_argument("--resume", metavar="DIR", help="keep what is finished there, and go on")
     verb.add_argument("--data-free", action="store_true", help="plain SVD of the weights")
     verb.add_argument(
         "--scheme", action="append", dest="schemes", metavar="NAME",
         help="a decomposition to plan with (see `sft list`; repeat; default: the target's)",
     )  # fmt: skip
     width = verb.add_mutually_exclusive_group()
-    width.add_argument("--weight-bits", type=int, metavar="N", help="of every option, 2 to 8 (8)")
+    width.add_argument(
+        "--weight-bits", type=int, nargs="+", metavar="N", help="widths on the menus (8 4 2)"
+    )
     width.add_argument("--float", action="store_true", dest="in_float", help="round nothing")
     verb.add_argument(
         "--loss-aware", action="store_true", help="weigh output errors by the loss gradient"

@@ -50,10 +50,12 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def profile(options: argparse.Namespace) -> int:
-    from sft.profiling.profile import profile, save_profile
+    from sft.measure import profile
+    from sft.profiling.store import save_profile
 
     measured = profile(
         _model(options), _data(options), options.target, name=options.model,
+        latency=not options.no_latency, threads=options.threads, resume=options.resume,
         data_free=options.data_free, loss_aware=options.loss_aware, seed=options.seed,
         **_measuring(options),
     )  # fmt: skip
