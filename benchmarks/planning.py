@@ -124,7 +124,7 @@ def joint(run: Run) -> Found:
     """The gains are medians over all budgets and networks."""
     found: Found = {}
     for case in run.cases:
-        found |= measure_joint(case, 1 if run.quick else 3)
+        found |= measure_joint(case, 1 if run.quick else 4)
     for way in RIVALS:
         gains = [float(v) for k, v in found.items() if k.endswith(f"_gain_vs_{way}")]
         found[f"joint_gain_vs_{way}"] = statistics.median(gains)

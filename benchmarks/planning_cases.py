@@ -80,7 +80,7 @@ def fashion(folder: Path) -> Case:
     data = sft.load_data("fashion-mnist", "fashion-resnet")
     images = torch.cat([x for x, _ in data.split("validation")[0]])[:FASHION_JUDGED]
     model = sft.load_model("fashion-resnet")
-    budgets = ((0.5, 0.7), (0.35, 0.55), (0.22, 0.45))
+    budgets = ((0.5, 0.7), (0.35, 0.55), (0.22, 0.45), (0.15, 0.8))
     return Case("fashion-resnet", model, data, images, folder, 0.08, budgets)
 
 
@@ -88,7 +88,7 @@ def efficientnet(folder: Path) -> Case:
     """EfficientNet-Lite0 with its ImageNet weights; calibrated on some photos, judged on others."""
     calibration = torch.cat([load_photos("calibration"), load_other_pictures()])
     data = sft.Data(calibration=sft.Batches(calibration, batch_size=25))
-    budgets = ((0.75, 0.95), (0.6, 0.9), (0.5, 0.85))
+    budgets = ((0.75, 0.95), (0.6, 0.9), (0.5, 0.85), (0.25, 0.98))
     model = load_efficientnet_lite0()
     judged = load_photos("test", crops=1)
     return Case("efficientnet-lite0", model, data, judged, folder, 0.17, budgets)

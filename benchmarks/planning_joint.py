@@ -9,15 +9,14 @@ greedy energy    ranks that leave the most energy for their costs, layer by laye
 rank, then bits  ranks of least damage at 8 bits within the latency, then widths within the size
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from figures import Found
 from planning_cases import Case, integers
 
 import sft
-from sft.core.errors import BudgetError
 from sft.core.progress import say
 from sft.core.records import DENSE, Candidate, LayerProfile, Plan, Profile
 
@@ -87,6 +86,76 @@ def greedy_energy(case: Case, limits: tuple[int, float]) -> Plan | None:
 
 
 def rank_then_bits(case: Case, limits: tuple[int, float]) -> Plan | None:
+    """Two answers of the exact solver: ranks at 8 bits under the latency, then widths."""
+    size, milliseconds = limits
+    own = [integers(entry) for entry in case.profile.layers]
+    wide = [[c for c in menu if c.option.weight_bits in (8, None)] for menu in own]
+    ranked = _solved(case, wide, "latency", milliseconds * (1 + 1e-9))
+    if ranked is None:
+        return None
+    same = [
+        [c for c in menu if (c.option.scheme, c.option.rank) == (r.option.scheme, r.option.rank)]
+        for menu, r in zip(own, ranked, strict=True)
+    ]
+    chosen = _solved(case, same, "size", size)
+    return None if chosen is None else case.plan_of(chosen, "rank, then bits")
+
+
+def _solved(case: Case, menus: list[list[Candidate]], cost: str, most: float) -> Chosen | None:
+    """The candidates of least damage within one limit on the whole network."""
+    rest = case.profile.overhead_latency if cost == "latency" else 0.0
+    damages = [np.array([c.damage for c in menu]) for menu in menus]
+    costs = [np.array([float(getattr(c.cost, cost) or 0.0) for c in menu]) for menu in menus]
+    found = solve(damages, {cost: costs}, {cost: most - rest})
+    if found.status == "infeasible":
+        return None
+    return [menu[i] for menu, i in zip(menus, found.choice, strict=True)]
+
+
+RIVALS:
+            rival = float(found[f"{name}_{way}_damage"])
+            found[f"{name}_gain_vs_{way}"] = 1 - float(found[f"{name}_joint_damage"]) / rival
+    return found
+
+
+def uniform(case: Case, limits: tuple[int, float]) -> Plan | None:
+    """The best of all (share of rank, scheme, width) that fit, by predicted damage."""
+    best: Chosen | None = None
+    for bits in (8, 4, 2):
+        for scheme in ("channel_in", "channel_out"):
+            for share in (i / 40 for i in range(1, 41)):
+                chosen = [_at_share(entry, scheme, share, bits) for entry in case.profile.layers]
+                if _fits(case, chosen, limits) and (
+                    best is None or _damage(chosen) < _damage(best)
+                ):
+                    best = chosen
+    return None if best is None else case.plan_of(best, "uniform")
+
+
+def greedy_energy(case: Case, limits: tuple[int, float]) -> Plan | None:
+    """From whole layers down: always the step that loses the least energy for its saving.
+
+    The error of a split is the share of the energy of the layer's outputs that it loses.
+    """
+    menus = [
+        [c for c in integers(e) if c.option.weight_bits in (8, None)] for e in case.profile.layers
+    ]
+    chosen = [next(c for c in menu if not c.option.rank) for menu in menus]
+    while not _fits(case, chosen, limits):
+        steps = [
+            (_loss_per_saving(now, other, limits), place, other)
+            for place, (now, menu) in enumerate(zip(chosen, menus, strict=True))
+            for other in menu
+            if other.error > now.error and _saving(now, other, limits) > 0
+        ]
+        if not steps:
+            return None
+        _, place, other = min(steps, key=lambda step: step[0])
+        chosen[place] = other
+    return case.plan_of(chosen, "greedy energy")
+
+
+def rank_then_bits(case: Case, limits: tuple[int, float]) -> Plan | None:
     """Two plans of the exact solver: ranks at 8 bits under the latency, then widths."""
     size, milliseconds = limits
     try:
@@ -106,19 +175,6 @@ RIVALS: dict[str, Callable[[Case, tuple[int, float]], Plan | None]] = {
     "greedy_energy": greedy_energy,
     "rank_then_bits": rank_then_bits,
 }
-
-
-def _restricted(profile: Profile, allowed: Callable[[str, Candidate], bool]) -> Profile:
-    """The profile with fewer options; what is kept in float stays, as the cost of the original."""
-    layers = []
-    for entry in profile.layers:
-        kept = tuple(
-            c
-            for c in entry.candidates
-            if c.option.scheme == "keep" or (allowed(entry.layer.name, c) and c in integers(entry))
-        )
-        layers.append(dataclasses.replace(entry, candidates=kept))
-    return dataclasses.replace(profile, layers=tuple(layers))
 
 
 def _dense(entry: LayerProfile) -> Candidate:

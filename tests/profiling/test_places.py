@@ -227,3 +227,44 @@ def test_a_residual_network_with_a_norm(net, data) -> None:
         module = changed(get_module(net, place.name))
         want = exchanged(net, {place.name: module}, x)
         torch.testing.assert_close(place.outputs_with(module), want, rtol=1e-5, atol=1e-5)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 5, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)).mean((2, 3))
+
+
+@torch.no_grad()
+def test_the_layer_behind_takes_up_a_loss_that_is_linear() -> None:
+    """Halved outputs of the first layer are a loss that the second can mend wholly."""
+    torch.manual_seed(0)
+    network = TwoLayers().eval()
+    batches = [torch.randn(16, 2, 12, 12) for _ in range(2)]
+    wanted = torch.cat([network(x) for x in batches])
+    halved = copy_module(network.first)
+    halved.weight.mul_(0.5)
+    halved.bias.mul_(0.5)
+    place = next(iter(places(network, ["first", "second"], batches)))
+    assert place.outputs_mended is not None
+    alone = (place.outputs_with(halved) - wanted).square().mean()
+    mended = (place.outputs_mended(halved, network.first) - wanted).square().mean()
+    assert mended < 1e-4 * alone
+    like_it = place.outputs_mended(halved, halved)  # nothing is lost against itself
+    assert torch.allclose(like_it, place.outputs_with(halved), atol=1e-4)
+
+
+@torch.no_grad()
+def test_nothing_is_mended_behind_the_last_layer() -> None:
+    torch.manual_seed(0)
+    network = TwoLayers().eval()
+    batches = [torch.randn(8, 2, 12, 12)]
+    halved = copy_module(network.second)
+    halved.weight.mul_(0.5)
+    *_, place = places(network, ["first", "second"], batches)
+    assert place.outputs_mended is not None
+    mended = place.outputs_mended(halved, network.second)
+    assert torch.equal(mended, place.outputs_with(halved))
