@@ -1,4 +1,4 @@
-"""The two networks that are planned: profile, held-out images, and what a plan's file really does."""
+"""The two networks that are planned: profile, held-out images, and what a plan's file does."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

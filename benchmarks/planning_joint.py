@@ -18,7 +18,8 @@ from planning_cases import Case, integers
 
 import sft
 from sft.core.progress import say
-from sft.core.records import DENSE, Candidate, LayerProfile, Plan, Profile
+from sft.core.records import Candidate, Cost, LayerProfile, Plan
+from sft.planning.solve import solve
 
 Chosen = Sequence[Candidate]
 
@@ -55,9 +56,8 @@ def uniform(case: Case, limits: tuple[int, float]) -> Plan | None:
         for scheme in ("channel_in", "channel_out"):
             for share in (i / 40 for i in range(1, 41)):
                 chosen = [_at_share(entry, scheme, share, bits) for entry in case.profile.layers]
-                if _fits(case, chosen, limits) and (
-                    best is None or _damage(chosen) < _damage(best)
-                ):
+                better = best is None or _damage(chosen) < _damage(best)
+                if better and _fits(case, chosen, limits):
                     best = chosen
     return None if best is None else case.plan_of(best, "uniform")
 
@@ -112,64 +112,6 @@ def _solved(case: Case, menus: list[list[Candidate]], cost: str, most: float) ->
     return [menu[i] for menu, i in zip(menus, found.choice, strict=True)]
 
 
-RIVALS:
-            rival = float(found[f"{name}_{way}_damage"])
-            found[f"{name}_gain_vs_{way}"] = 1 - float(found[f"{name}_joint_damage"]) / rival
-    return found
-
-
-def uniform(case: Case, limits: tuple[int, float]) -> Plan | None:
-    """The best of all (share of rank, scheme, width) that fit, by predicted damage."""
-    best: Chosen | None = None
-    for bits in (8, 4, 2):
-        for scheme in ("channel_in", "channel_out"):
-            for share in (i / 40 for i in range(1, 41)):
-                chosen = [_at_share(entry, scheme, share, bits) for entry in case.profile.layers]
-                if _fits(case, chosen, limits) and (
-                    best is None or _damage(chosen) < _damage(best)
-                ):
-                    best = chosen
-    return None if best is None else case.plan_of(best, "uniform")
-
-
-def greedy_energy(case: Case, limits: tuple[int, float]) -> Plan | None:
-    """From whole layers down: always the step that loses the least energy for its saving.
-
-    The error of a split is the share of the energy of the layer's outputs that it loses.
-    """
-    menus = [
-        [c for c in integers(e) if c.option.weight_bits in (8, None)] for e in case.profile.layers
-    ]
-    chosen = [next(c for c in menu if not c.option.rank) for menu in menus]
-    while not _fits(case, chosen, limits):
-        steps = [
-            (_loss_per_saving(now, other, limits), place, other)
-            for place, (now, menu) in enumerate(zip(chosen, menus, strict=True))
-            for other in menu
-            if other.error > now.error and _saving(now, other, limits) > 0
-        ]
-        if not steps:
-            return None
-        _, place, other = min(steps, key=lambda step: step[0])
-        chosen[place] = other
-    return case.plan_of(chosen, "greedy energy")
-
-
-def rank_then_bits(case: Case, limits: tuple[int, float]) -> Plan | None:
-    """Two plans of the exact solver: ranks at 8 bits under the latency, then widths."""
-    size, milliseconds = limits
-    try:
-        first = _restricted(case.profile, lambda _, c: c.option.weight_bits in (8, None))
-        ranked = sft.plan(first, sft.Budget(latency_ms=milliseconds * (1 + 1e-9)))
-        rank = {row.name: (row.option.scheme, row.option.rank) for row in ranked.rows}
-        second = _restricted(
-            case.profile, lambda name, c: (c.option.scheme, c.option.rank) == rank[name]
-        )
-        return sft.plan(second, sft.Budget(size_bytes=size))
-    except BudgetError:
-        return None
-
-
 RIVALS: dict[str, Callable[[Case, tuple[int, float]], Plan | None]] = {
     "uniform": uniform,
     "greedy_energy": greedy_energy,
@@ -215,9 +157,5 @@ def _loss_per_saving(now: Candidate, other: Candidate, limits: tuple[int, float]
     return (other.error - now.error) / _saving(now, other, limits)
 
 
-def _ms(cost: sft.Plan | object) -> float:
-    latency = getattr(cost, "latency", None)
-    return float(latency) if latency is not None else math.inf
-
-
-__all__ = ["DENSE", "RIVALS", "measure_joint"]
+def _ms(cost: Cost) -> float:
+    return math.inf if cost.latency is None else cost.latency

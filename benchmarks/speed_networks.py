@@ -1,4 +1,4 @@
-"""ResNet-18, ResNet-50 and MobileNetV2 at ImageNet size with random weights: networks to time, not to score.
+"""ResNet-18, ResNet-50 and MobileNetV2 at ImageNet size, random weights: to time, not to score.
 
 Batch-norm statistics are estimated on noise images, so that activations keep a sane scale.
 """

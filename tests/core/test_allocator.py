@@ -31,7 +31,8 @@ def test_the_settings_are_made_once_and_taken_back_once(monkeypatch) -> None:
             assert len(recorder.options) == 2
         assert len(recorder.options) == 2
     assert [name for name, _ in recorder.options] == [-4, -1, -4, -1]
-    assert recorder.options[0][1] == 0 and recorder.options[2][1] > 0
+    assert recorder.options[0][1] == 0
+    assert recorder.options[2][1] > 0
 
 
 def test_an_error_inside_takes_them_back_too(monkeypatch) -> None:
