@@ -80,7 +80,7 @@ def fashion(folder: Path) -> Case:
     data = sft.load_data("fashion-mnist", "fashion-resnet")
     images = torch.cat([x for x, _ in data.split("validation")[0]])[:FASHION_JUDGED]
     model = sft.load_model("fashion-resnet")
-    budgets = ((0.5, 0.7), (0.35, 0.55), (0.22, 0.45), (0.15, 0.8))
+    budgets = ((0.5, 0.7), (0.35, 0.55), (0.2, 0.5), (0.15, 0.8))
     return Case("fashion-resnet", model, data, images, folder, 0.08, budgets)
 
 

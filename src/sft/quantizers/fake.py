@@ -178,7 +178,8 @@ def thinned(x: torch.Tensor) -> torch.Tensor:
     They are taken in the order in which they lie in memory, so that nothing is copied; the step
     shares no factor with the number of values, so that it meets every channel.
     """
-    order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda axis: -strides[axis])
     values = x.permute(order).flatten()
     stride = values.numel() // VALUES
     if stride < 2:
