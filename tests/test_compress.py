@@ -8,6 +8,7 @@ import torch
 import sft
 from sft.core.errors import BudgetError, InputError
 from sft.core.files import sha256
+from sft.core.records import Front
 from sft.pipeline import Training, compress
 
 QUICK = Training(steps=12, integer_steps=6)
@@ -52,6 +53,11 @@ def test_what_is_delivered(result, net, data, tmp_path) -> None:
     assert set(manifest) == files
     assert all(digest == sha256(out / name) for name, digest in manifest.items())
     assert "report.html" in files
+    for cost in ("size", "latency"):
+        drawn = Front.load(out / "profile" / f"front-{cost}.json")
+        damages = [point.damage for point in drawn.points]
+        assert drawn.cost == cost
+        assert damages == sorted(damages, reverse=True)
     assert f"{stored['before']['macs'] / stored['after']['macs']:.2f}x" in result.summary
     result.raise_if_failed()
 

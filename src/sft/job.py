@@ -26,6 +26,7 @@ from sft.exporters import export, save_packed
 from sft.measure import profile
 from sft.outcome import describe, score_file
 from sft.planned import plan_in_place
+from sft.planning.front import front
 from sft.profiling.profile import fingerprint, save_profile
 from sft.reporting.html import report
 from sft.runtimes.runner import benchmark_interleaved
@@ -211,7 +212,11 @@ class Job:
         save_profile(measured, staged / "profile")
         plan.save(staged / "plan.json")
         write_text(staged / "result.json", json.dumps(outcome, indent=1) + "\n")
-        report(staged / "report.html", outcome)
+        costs = [cost for cost in ("size", "latency") if getattr(measured.original, cost)]
+        fronts = [front(measured, cost) for cost in costs]
+        for found in fronts:
+            found.save(staged / "profile" / f"front-{found.cost}.json")
+        report(staged / "report.html", outcome, *fronts)
         self.work.deliver()
 
     def _verify(self, artifact: Artifact, simulation: QuantizedModel, test: Loader) -> Check:

@@ -45,6 +45,7 @@ class Workspace:
         folder = self.root / "profile"
         try:
             found = load_profile(folder)
+            len(found.statistics or {})  # read now: a damaged file means measuring again
             say("  profile: taken from the interrupted run")
             return found
         except InputError:

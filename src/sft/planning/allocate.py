@@ -41,7 +41,7 @@ def plan(
     overrides : the option of a layer, by name or pattern, which must be on its menu.
     method : "exact", or "lagrangian": faster, near the optimum; the plan's `gap` says how near.
     The limits on size, MACs, latency and memory are planned for; `max_drop` and `minimize` need
-    measuring. With no limit every layer becomes dense in integers, at its least damage. A layer
+    measuring. With no limit every layer becomes dense in its widest integers. A layer
     stays in float only where it is asked for, or where rounding it alone would do much damage. It
     stays whole where no low rank is faster in the target, as far as the limits allow that at a
     damage at most a tenth greater; value and bound are then those of the smaller menus.
@@ -149,7 +149,10 @@ def _menu(entry: LayerProfile, asked: Option | None, limited: bool) -> Menu:
     integers = dense or [c for c in measured if c.option.scheme == STORED]
     sensitive = min((c.damage for c in integers), default=math.inf) > SENSITIVE
     if not limited:
-        return [kept(entry)] if sensitive else integers
+        widest = max((c.option.weight_bits or 0 for c in integers), default=0)
+        return (
+            [kept(entry)] if sensitive else [c for c in integers if c.option.weight_bits == widest]
+        )
     floats = () if sensitive else (KEEP, STORED) if dense else (KEEP,)
     return [c for c in measured if c.option.scheme not in floats]
 
