@@ -264,7 +264,8 @@ def test_nothing_is_mended_behind_the_last_layer() -> None:
     batches = [torch.randn(8, 2, 12, 12)]
     halved = copy_module(network.second)
     halved.weight.mul_(0.5)
-    *_, place = places(network, ["first", "second"], batches)
-    assert place.outputs_mended is not None
-    mended = place.outputs_mended(halved, network.second)
-    assert torch.equal(mended, place.outputs_with(halved))
+    for place in places(network, ["first", "second"], batches):
+        if place.name == "second":
+            assert place.outputs_mended is not None
+            mended = place.outputs_mended(halved, network.second)
+            assert torch.equal(mended, place.outputs_with(halved))
