@@ -118,8 +118,9 @@ def test_a_plan_edited_by_hand_is_followed_or_refused_by_layer_name(project, cap
 def menus(capsys, project: str, *options: str) -> list[dict]:
     """The profile of the small net, by the command: its layers, with their menus."""
     code, out, err = call(
-        capsys, "profile", *model(project), "--target", "onnxruntime-avx2", *options, "--json"
-    )
+        capsys, "profile", *model(project), "--target", "onnxruntime-avx2", *options,
+        "--no-latency", "--json",
+    )  # fmt: skip
     assert code == 0, err
     return json.loads(out)["layers"]
 
@@ -129,6 +130,7 @@ def test_the_options_of_profile_reach_the_menus(project, capsys) -> None:
     two = menus(capsys, project, "--scheme", "spatial", "--scheme", "tucker2")
     multiple = menus(capsys, project, "--rank-multiple", "5")
     narrow = menus(capsys, project, "--weight-bits", "4")
+    both = menus(capsys, project, "--weight-bits", "4", "8")
     in_float = menus(capsys, project, "--float")
 
     def options(layers: list[dict], key: str) -> set:
@@ -140,8 +142,82 @@ def test_the_options_of_profile_reach_the_menus(project, capsys) -> None:
     assert "[5]" in options(multiple, "rank") - options(usual, "rank")
     assert options(usual, "weight_bits") == {None, 8, 4, 2}
     assert options(narrow, "weight_bits") == {None, 4}
+    assert options(both, "weight_bits") == {None, 4, 8}
     assert options(in_float, "weight_bits") == {None}
     assert options(in_float, "scheme") == {"keep", "channel_in", "channel_out"}
+
+
+def test_profile_times_unless_told_not_to_and_keeps_what_is_finished(project, capsys) -> None:
+    timed = ["profile", *model(project), "--json", "-o", "p", "--resume", "begun"]
+    code, out, err = call(capsys, *timed)
+    assert code == 0, err
+    assert json.loads(out)["latency"] > 0
+    layers = sorted(Path("begun/layers").glob("*.json"))
+    assert len(layers) == len(json.loads(out)["layers"])
+    code, out, _ = call(capsys, "profile", *model(project), "--json", "-o", "q", "--no-latency")
+    assert code == 0
+    assert json.loads(out)["latency"] is None
+    code, _, err = call(capsys, *timed, "--weight-bits", "8")
+    assert code == 2
+    assert "options" in err
+
+
+def profile_with_made_latency(project: str, capsys) -> None:
+    """A stored profile whose milliseconds follow the MACs, whatever this machine is fast at."""
+    assert call(capsys, "profile", *model(project), "-o", "p", "--no-latency")[0] == 0
+    stored = json.loads(Path("p/profile.json").read_text())
+    for layer in stored["layers"]:
+        for candidate in layer["candidates"]:
+            candidate["cost"]["latency"] = candidate["cost"]["macs"] * 1e-6
+    stored["latency"] = 2e-6 * stored["macs"]
+    Path("p/profile.json").write_text(json.dumps(stored))
+
+
+def test_the_options_of_plan_reach_the_plan(project, capsys) -> None:
+    profile_with_made_latency(project, capsys)
+
+    def planned(*options: str) -> dict:
+        code, out, err = call(capsys, "plan", "p", *options, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    by_hand = planned("--option", "bo*=channel_in:8@4", "--option", "fc=keep")
+    options = {row["name"]: row["option"] for row in by_hand["rows"]}
+    assert options["body"] == {"scheme": "channel_in", "rank": [8], "weight_bits": 4}
+    assert options["fc"]["scheme"] == "keep"
+    whole = planned()
+    for cost, share in (("latency", 0.7), ("memory", 1.0)):
+        limit = share * whole["cost"][cost] / whole["original"][cost]
+        most = share * whole["cost"][cost] * (1 + 1e-9)
+        assert planned(f"--{cost}", str(limit))["cost"][cost] <= most
+    least = 0.7 * whole["cost"]["latency"]
+    assert planned("--latency-ms", str(least))["cost"]["latency"] <= least * (1 + 1e-9)
+    code, _, err = call(capsys, "plan", "p", "--memory-bytes", "1")
+    assert code == 1
+    assert "memory_bytes" in err
+    size = ["--size-bytes", str(int(0.6 * whole["cost"]["size"]))]
+    exact, quick = planned(*size), planned(*size, "--method", "lagrangian")
+    assert quick["value"] >= exact["value"] * (1 - 1e-9)
+    assert quick["cost"]["size"] <= 0.6 * whole["cost"]["size"]
+
+
+@pytest.mark.parametrize("cost", ["size", "latency"])
+def test_plan_writes_the_front_it_is_asked_for(project, capsys, cost) -> None:
+    profile_with_made_latency(project, capsys)
+    code, _, err = call(capsys, "plan", "p", "--front", "front.json", "--front-cost", cost)
+    assert code == 0, err
+    found = json.loads(Path("front.json").read_text())
+    costs = [point["cost"][cost] for point in found["points"]]
+    assert found["cost"] == cost
+    assert costs == sorted(costs)
+    assert len(costs) > 2
+
+
+@pytest.mark.parametrize("text", ["fc", "fc=", "=dense", "fc=dense@nine", "fc=channel_in@8"])
+def test_an_option_that_cannot_be_read_is_refused(project, capsys, text) -> None:
+    code, _, err = call(capsys, "plan", "p", "--option", text)
+    assert code == 2
+    assert f"--option {text}" in err or "p" in err
 
 
 @pytest.mark.parametrize(
