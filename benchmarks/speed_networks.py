@@ -25,26 +25,15 @@ MOBILENET_STAGES = (  # expansion, channels, blocks, first stride
 )
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut.
+class Residual(nn.Module):
+    """A body and a shortcut, added and rectified; the shortcut projects where shapes differ."""
 
-    Shapes: ``(N, I, H, W) -> (N, O, ceil(H / stride), ceil(W / stride))``.
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, body: list[nn.Module], inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
+        self.body = nn.Sequential(*body)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(*_conv_norm(inputs, outputs, 1, stride))
         self.activation = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,33 +41,25 @@ class BasicBlock(nn.Module):
         return y
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 with the stride, 1x1 to four times the width, and a shortcut.
+def basic_block(inputs: int, outputs: int, stride: int) -> Residual:
+    """Two 3x3 convolutions: ``(N, I, H, W) -> (N, O, ceil(H / stride), ceil(W / stride))``."""
+    body = [*_conv_norm(inputs, outputs, 3, stride), nn.ReLU(), *_conv_norm(outputs, outputs, 3, 1)]
+    return Residual(body, inputs, outputs, stride)
+
+
+def bottleneck(inputs: int, width: int, stride: int) -> Residual:
+    """1x1, 3x3 with the stride, 1x1 to four times the width.
 
     Shapes: ``(N, I, H, W) -> (N, 4 W, ceil(H / stride), ceil(W / stride))``.
     """
+    body = [*_conv_norm(inputs, width, 1, 1), nn.ReLU()]
+    body += [*_conv_norm(width, width, 3, stride), nn.ReLU()]
+    return Residual([*body, *_conv_norm(width, 4 * width, 1, 1)], inputs, 4 * width, stride)
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        outputs, parts = 4 * width, list[nn.Module]()
-        for i, o, kernel, step in (
-            (inputs, width, 1, 1),
-            (width, width, 3, stride),
-            (width, outputs, 1, 1),
-        ):
-            conv = nn.Conv2d(i, o, kernel, step, kernel // 2, bias=False)
-            parts += [conv, nn.BatchNorm2d(o), nn.ReLU()]
-        self.body = nn.Sequential(*parts[:-1])
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-        self.activation = nn.ReLU()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.activation(self.body(x) + self.shortcut(x))
-        return y
+def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return [conv, nn.BatchNorm2d(outputs)]
 
 
 class InvertedResidual(nn.Module):
@@ -154,7 +135,7 @@ def _resnet18() -> nn.Module:
     ]
     inputs = 64
     for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
+        layers += [basic_block(inputs, outputs, stride), basic_block(outputs, outputs, 1)]
         inputs = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
 
@@ -169,7 +150,7 @@ def _resnet50() -> nn.Module:
     inputs = 64
     for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for index in range(blocks):
-            layers.append(Bottleneck(inputs, width, stride if index == 0 else 1))
+            layers.append(bottleneck(inputs, width, stride if index == 0 else 1))
             inputs = 4 * width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
 
