@@ -95,6 +95,12 @@ def data() -> Data:
 
 
 @pytest.fixture(scope="session")
+def shared() -> tuple[SmallNet, Data]:
+    """A network and its data for fixtures that are made once; tests do not change them."""
+    return trained_net(), made_data()
+
+
+@pytest.fixture(scope="session")
 def profiled() -> Profile:
     """A profile of the small network on the made data, without latency."""
     return profile(trained_net(), made_data(), "onnxruntime-avx2", rank_multiple=2)

@@ -19,16 +19,17 @@ SIDE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def result(net, data, tmp_path):
+@pytest.fixture(scope="module")
+def result(shared, tmp_path_factory):
+    """Delivered once for the tests that only look at it."""
     return compress(
-        net, data, BUDGET, evaluate=sft.top1, target="onnxruntime-avx2", out=tmp_path / "out",
-        training=QUICK,
+        *shared, BUDGET, evaluate=sft.top1, target="onnxruntime-avx2",
+        out=tmp_path_factory.mktemp("delivered") / "out", training=QUICK,
     )  # fmt: skip
 
 
-def test_what_is_delivered(result, net, data, tmp_path) -> None:
-    out = tmp_path / "out"
+def test_what_is_delivered(result, net, data) -> None:
+    out = result.out
     stored = json.loads((out / "result.json").read_text())
     assert stored == result.data
     assert set(stored["before"]) == SIDE
@@ -68,8 +69,8 @@ def test_scores_are_those_of_the_files(result, data) -> None:
     assert score_file(result.artifact, sft.top1, data.test) == result.data["after"]["score"]
 
 
-def test_the_delivered_module_can_be_loaded(result, net, data, tmp_path) -> None:
-    restored = sft.load(tmp_path / "out" / "model.safetensors", net)
+def test_the_delivered_module_can_be_loaded(result, net, data) -> None:
+    restored = sft.load(result.out / "model.safetensors", net)
     x = data.test.inputs
     torch.testing.assert_close(restored(x), result.model(x), rtol=0, atol=0)
 
@@ -155,6 +156,7 @@ def test_a_missed_score_is_delivered_and_said(net, data, tmp_path) -> None:
         result.raise_if_failed()
 
 
+@pytest.mark.slow
 def test_an_accuracy_floor_alone_makes_it_as_small_as_it_allows(net, data, tmp_path) -> None:
     budget = sft.Budget(max_drop=0.5, minimize="macs")
     result = compress(net, data, budget, evaluate=sft.top1, out=tmp_path / "o", training=QUICK)
@@ -215,6 +217,7 @@ def test_a_score_that_is_no_number_is_refused(net, data, tmp_path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_work_of_another_request_is_not_taken(net, data, tmp_path, monkeypatch) -> None:
     import sft.job as job
 
