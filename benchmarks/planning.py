@@ -17,6 +17,7 @@ one JSON object. Run it on an idle machine.
 """
 
 import argparse
+import dataclasses
 import gzip
 import json
 import os
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import torch
 from figures import Found, Wanted, print_rows, rows_of, write_rows
-from planning_cases import CASES, TARGET, Case
+from planning_cases import CASES, TARGET
 from planning_joint import RIVALS, measure_joint
 from planning_predicted import measure_predictions
 from planning_solver import measure_replanning, measure_solver
@@ -38,7 +39,7 @@ from speed_networks import make_noise, make_resnet50
 
 import sft
 from sft.core.progress import say, show
-from sft.profiling.profile import save_profile
+from sft.profiling.store import STATISTICS_FILE, save_profile
 
 THREADS = 2
 STORED_PROFILE = Path(__file__).parent / "networks" / "resnet50_profile.json.gz"
@@ -77,7 +78,8 @@ class Run:
         self.quick, self.threads, self.folder = options.quick, options.threads, folder
         names = options.networks or (["fashion-resnet"] if self.quick else list(CASES))
         self.plans = 10 if self.quick else 30
-        self.cases: list[Case] = [CASES[name](folder) for name in names]
+        made = [CASES[name](folder) for name in names]
+        self.cases = [dataclasses.replace(case, begun=options.resume) for case in made]
 
 
 def solver(run: Run) -> Found:
@@ -85,10 +87,11 @@ def solver(run: Run) -> Found:
 
 
 def replan(run: Run) -> Found:
-    """On the stored profile of ResNet-50; its statistics are not needed."""
+    """On the stored profile of ResNet-50, without its statistics, which planning never reads."""
     folder = run.folder / "resnet50"
     folder.mkdir(exist_ok=True)
     (folder / "profile.json").write_bytes(gzip.decompress(STORED_PROFILE.read_bytes()))
+    (folder / STATISTICS_FILE).touch()
     return measure_replanning(folder, run.folder / "plan.json")
 
 
@@ -124,7 +127,7 @@ def joint(run: Run) -> Found:
     """The gains are medians over all budgets and networks."""
     found: Found = {}
     for case in run.cases:
-        found |= measure_joint(case, 1 if run.quick else 4)
+        found |= measure_joint(case, 1 if run.quick else 3)
     for way in RIVALS:
         gains = [float(v) for k, v in found.items() if k.endswith(f"_gain_vs_{way}")]
         found[f"joint_gain_vs_{way}"] = statistics.median(gains)
@@ -182,6 +185,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smaller; no file is written")
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), metavar="PART")
     parser.add_argument("--networks", nargs="+", choices=tuple(CASES), metavar="NETWORK")
+    parser.add_argument("--resume", type=Path, help="folder of profiles that were interrupted")
     parser.add_argument("--threads", type=int, default=THREADS, help="where nothing is timed")
     return parser.parse_args()
 

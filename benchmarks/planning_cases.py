@@ -25,8 +25,8 @@ PHOTOS, FASHION_JUDGED = 100, 1000
 class Case:
     """A network with its data. judged : images that damage is measured on; none is calibrated on.
 
-    budget : size of the random plans, of the float original. budgets : (size, latency) of the
-    comparison, of a file that has all layers whole in 8 bits.
+    budget : size of the random plans, of the float original. sizes : those of the comparison, of
+    a file that has all layers whole in 8 bits. begun : where an interrupted profile goes on.
     """
 
     name: str
@@ -35,11 +35,13 @@ class Case:
     judged: Tensor
     folder: Path
     budget: float
-    budgets: tuple[tuple[float, float], ...]
+    sizes: tuple[float, ...]
+    begun: Path | None = None
 
     @cached_property
     def profile(self) -> Profile:
-        return sft.profile(self.model, self.data, TARGET, name=self.name)
+        resume = None if self.begun is None else self.begun / self.name
+        return sft.profile(self.model, self.data, TARGET, name=self.name, resume=resume)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -80,18 +82,18 @@ def fashion(folder: Path) -> Case:
     data = sft.load_data("fashion-mnist", "fashion-resnet")
     images = torch.cat([x for x, _ in data.split("validation")[0]])[:FASHION_JUDGED]
     model = sft.load_model("fashion-resnet")
-    budgets = ((0.5, 0.7), (0.35, 0.55), (0.2, 0.5), (0.15, 0.8))
-    return Case("fashion-resnet", model, data, images, folder, 0.08, budgets)
+    sizes = (0.3, 0.2, 0.15)
+    return Case("fashion-resnet", model, data, images, folder, 0.08, sizes)
 
 
 def efficientnet(folder: Path) -> Case:
     """EfficientNet-Lite0 with its ImageNet weights; calibrated on some photos, judged on others."""
     calibration = torch.cat([load_photos("calibration"), load_other_pictures()])
     data = sft.Data(calibration=sft.Batches(calibration, batch_size=25))
-    budgets = ((0.75, 0.95), (0.6, 0.9), (0.5, 0.85), (0.25, 0.98))
+    sizes = (0.7, 0.6, 0.5)
     model = load_efficientnet_lite0()
     judged = load_photos("test", crops=1)
-    return Case("efficientnet-lite0", model, data, judged, folder, 0.17, budgets)
+    return Case("efficientnet-lite0", model, data, judged, folder, 0.17, sizes)
 
 
 CASES: dict[str, Callable[[Path], Case]] = {

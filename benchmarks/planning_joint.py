@@ -1,5 +1,10 @@
 """Rank and bits chosen together, beside three ways to choose them apart, at equal costs.
 
+The budgets are such that size and latency both bind, by a rule that knows no damage of a rival: for
+each size, the latency half way between the least that any plan of this size has and that of the
+best plan of this size with no limit on latency. Where one limit alone binds there is nothing to
+choose together.
+
 Each rival gets at least the bytes and the milliseconds of the joint plan (predicted by one table;
 the files are measured), the same schemes, the same menus of ranks and widths, and is built in the
 same way. Where a rival has a free choice, it takes what is best by the profile's damages.
@@ -29,8 +34,11 @@ def measure_joint(case: Case, budgets: int) -> Found:
     found: Found = {}
     whole = [_dense(entry) for entry in case.profile.layers]
     eight = case.plan_of(whole, "whole").cost
-    for number, (size, latency) in enumerate(case.budgets[:budgets]):
-        budget = sft.Budget(size_bytes=int(size * eight.size), latency_ms=latency * _ms(eight))
+    for number, size in enumerate(case.sizes[:budgets]):
+        bytes_ = int(size * eight.size)
+        milliseconds = _halfway(case, bytes_)
+        latency = round(milliseconds / _ms(eight), 2)
+        budget = sft.Budget(size_bytes=bytes_, latency_ms=milliseconds)
         joint = sft.plan_in_place(case.profile, budget, case.model, case.data)
         limits = (joint.cost.size, _ms(joint.cost))
         name = f"{case.name}_{size:g}_{latency:g}"
@@ -47,6 +55,19 @@ def measure_joint(case: Case, budgets: int) -> Found:
             rival = float(found[f"{name}_{way}_damage"])
             found[f"{name}_gain_vs_{way}"] = 1 - float(found[f"{name}_joint_damage"]) / rival
     return found
+
+
+def _halfway(case: Case, size: int) -> float:
+    """Milliseconds between the least of any plan of this size and those of the best such plan."""
+    menus = [integers(entry) for entry in case.profile.layers]
+    sizes = {"size": [np.array([float(c.cost.size) for c in menu]) for menu in menus]}
+    found = []
+    for wanted in (lambda c: c.cost.latency or 0.0, lambda c: c.damage):
+        aims = [np.array([wanted(c) for c in menu]) for menu in menus]
+        choice = solve(aims, sizes, {"size": float(size)}).choice
+        chosen = [menu[i] for menu, i in zip(menus, choice, strict=True)]
+        found.append(_ms(case.plan_of(chosen, "").cost))
+    return sum(found) / 2
 
 
 def uniform(case: Case, limits: tuple[int, float]) -> Plan | None:

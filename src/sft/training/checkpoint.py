@@ -4,15 +4,16 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import nn
 
-from sft.core.distributed import rank
+from sft.core.distributed import from_first, rank
 from sft.core.errors import InputError
-from sft.core.files import write_bytes
+from sft.core.files import read_bytes, write_bytes
 from sft.core.progress import say
 
 SAVE_SECONDS = 20.0
@@ -49,11 +50,19 @@ def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
                 value.data = stored
 
 
+def _note_in(content: bytes) -> dict[str, Any]:
+    """The note in the header of a safetensors file, whose length stands in its first 8 bytes."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    note: dict[str, Any] = json.loads(header["__metadata__"]["sft"])
+    return note
+
+
 class Checkpoint:
     """Stores weights, buffers and Adam's moments at intervals; reads them back once.
 
     more : further tensors by name, stored with the rest and copied back into.
-    With `path=None` nothing is stored. Of several processes the first one writes, all read.
+    With `path=None` nothing is stored. Of several processes the first one writes
+    and reads for all.
     """
 
     def __init__(
@@ -69,19 +78,22 @@ class Checkpoint:
         self.path, self.model, self.optimizer = path, model, optimizer
         self.interval = SAVE_SECONDS if interval is None else interval
         self.started = self.saved = time.monotonic()
-        self.first = 0
+        self.first, self.before = 0, 0.0
 
     def resume(self) -> int:
         """Load the stored state, if there is one; returns the step to go on from."""
-        if self.path is None or not self.path.is_file():
+        path = self.path
+        if path is None:
+            return 0
+        content = from_first(lambda: read_bytes(path) if path.is_file() else b"")
+        if not content:
             return 0
         try:
-            with safe_open(self.path, "pt") as stored:
-                note = json.loads(stored.metadata()["sft"])
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            tensors, note = load(content), _note_in(content)
             self._check(note["request"])
             self._restore(tensors)
-            self.first = int(note["step"])
+            self.first, self.before = int(note["step"]), float(note["seconds"])
+            self.started = time.monotonic()
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"The training state '{self.path}' does not fit ({error}). Delete it to start anew."
@@ -103,13 +115,17 @@ class Checkpoint:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam:{index}:{key}"] = value
         whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        note = json.dumps({"step": step, "request": self.request})
+        note = json.dumps({"step": step, "request": self.request, "seconds": self.seconds()})
         write_bytes(self.path, save(whole, metadata={"sft": note}))
         self.saved = time.monotonic()
 
-    def seconds_left(self, step: int, steps: int) -> float:
-        done = max(step - self.first, 1)
-        return (time.monotonic() - self.started) / done * (steps - step)
+    def seconds(self) -> float:
+        """Seconds of training so far, those before interruptions included."""
+        return self.before + time.monotonic() - self.started
+
+    def seconds_left(self, progress: float) -> float:
+        """Seconds to go, as far as `progress`, the share that is done, tells."""
+        return self.seconds() / max(progress, 1e-9) * (1 - progress)
 
     def _check(self, request: str) -> None:
         if request != self.request:

@@ -1,39 +1,60 @@
 """What fine-tuning minimises: the distance from the teacher, at the outputs and at split layers."""
 
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from sft.core.data import check_finite, inputs_of, targets_of
+from sft.core.data import Loader, check_finite, inputs_of, targets_of
+from sft.core.distributed import all_reduce_sum_, on_its_own, variances
 from sft.core.errors import InputError
+from sft.core.randomness import forked_rng
 from sft.layers import FactorizedSFT
 
 TEMPERATURE = 4.0
 FEATURE_WEIGHT = 1.0
 
+Loss = Callable[[torch.Tensor, Any], torch.Tensor]
+
 
 class Objective:
     """The loss of a batch, for a student and a teacher (or the data's targets without one).
 
-    Outputs: KL of softened logits ``(N, classes)``, at temperature 4 and times its square (Hinton,
-    Vinyals, Dean 2015); the relative squared error for outputs of another form. Split layers: the
-    squared error against the teacher's layer of the same name, relative to its variance, averaged
-    over the layers (after Romero et al. 2015), with a weight that fades to zero, so that in the
-    end the outputs count.
+    Outputs: KL of softened logits ``(N, classes)``, at `temperature` and times its square (Hinton,
+    Vinyals, Dean 2015); the relative squared error for outputs of another form. Split layers, and
+    modules whose names fit the patterns of `match`: the squared error against the teacher's module
+    of the same name, relative to its variance, averaged over the modules (after Romero et al.
+    2015), with a weight that fades from `feature_weight` to zero, so that in the end the outputs
+    count. Where a process group runs, variances are those of all processes' batches together.
+
+    loss : ``loss(outputs, targets) -> scalar`` of the task: in place of cross-entropy without a
+        teacher, added with `loss_weight` to the distance from one.
+    Raises `InputError` for a pattern that fits no module that both networks have.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        device: torch.device,
+        *,
+        loss: Loss | None = None,
+        loss_weight: float = 1.0,
+        temperature: float = TEMPERATURE,
+        feature_weight: float = FEATURE_WEIGHT,
+        match: Sequence[str] = (),
+    ) -> None:
         self.student, self.teacher, self.device = student, teacher, device
+        self.loss, self.loss_weight = loss, loss_weight
+        self.temperature, self.feature_weight = temperature, feature_weight
+        self.match = tuple(match)
         self._seen: dict[str, torch.Tensor] = {}
         self._wanted: dict[str, torch.Tensor] = {}
-        self._hooks: list[Any] = []
-        self.matched = [] if teacher is None else _common_layers(student, teacher)
-        for name in self.matched:
-            assert teacher is not None
-            self._watch(student.get_submodule(name), name, self._seen)
-            self._watch(teacher.get_submodule(name), name, self._wanted)
+        self.matched = [] if teacher is None else _common_modules(student, teacher, match)
 
     def __call__(self, batch: Any, remaining: float = 1.0) -> torch.Tensor:
         """remaining : the share of the training that is left; the layers' part fades with it."""
@@ -43,62 +64,118 @@ class Objective:
             x = x.contiguous(memory_format=torch.channels_last)
         outputs: torch.Tensor = self.student(x)
         if self.teacher is None:
-            return _distance_from_targets(outputs, targets_of(batch))
+            return self._task(outputs, batch)
         with torch.no_grad():
             wanted = self.teacher(x)
-        loss = _distance(outputs, wanted)
-        if self.matched:
-            loss = loss + FEATURE_WEIGHT * remaining * self._feature_distance()
-        return loss
+        found = _distance(outputs, wanted, self.temperature)
+        if self._seen:
+            found = found + self.feature_weight * remaining * self._feature_distance()
+        return found if self.loss is None else found + self.loss_weight * self._task(outputs, batch)
 
-    def close(self) -> None:
-        """Take the hooks off again."""
-        for hook in self._hooks:
-            hook.remove()
+    def describe(self) -> str:
+        """The settings that differ from the usual ones, for the request of a stored state."""
+        given = {
+            "loss": getattr(self.loss, "__qualname__", self.loss),
+            "loss_weight": self.loss_weight,
+            "temperature": self.temperature,
+            "feature_weight": self.feature_weight,
+            "matched": self.match,
+        }
+        usual = {
+            "loss": None,
+            "loss_weight": 1.0,
+            "temperature": TEMPERATURE,
+            "feature_weight": FEATURE_WEIGHT,
+            "matched": (),
+        }
+        return " ".join(f"{k}={v}" for k, v in given.items() if v != usual[k])
+
+    @torch.no_grad()
+    def judge(self, loader: Loader) -> float:
+        """The mean loss of a sample of held-out data, of the outputs alone.
+
+        Of several processes the mean over all their samples; what is relative to a variance is
+        relative to that of the process's own batch.
+        """
+        figures = torch.zeros(2, dtype=torch.float64)
+        with on_its_own(), forked_rng(0):
+            for batch in loader:
+                count = len(inputs_of(batch))
+                loss = self(batch, 0.0).double()
+                figures += torch.stack([count * loss, loss.new_tensor(count)]).cpu()
+        all_reduce_sum_([figures])
+        total, samples = figures.tolist()
+        if not samples:
+            raise InputError("The validation data is empty: at least one batch is needed.")
+        return float(total / samples)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the outputs of the matched modules are seen."""
+        with contextlib.ExitStack() as hooks:
+            for name in self.matched:
+                assert self.teacher is not None
+                for network, kept in ((self.student, self._seen), (self.teacher, self._wanted)):
+                    module = network.get_submodule(name)
+                    hooks.callback(module.register_forward_hook(_keeper(kept, name)).remove)
+            yield
+
+    def _task(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        """The loss of the task on the targets of a batch."""
+        targets = targets_of(batch)
+        if targets is None:
+            raise InputError("Without a teacher, fine-tuning needs loaders of (inputs, targets).")
+        if self.loss is not None:
+            return self.loss(outputs, targets)
+        wanted = torch.as_tensor(targets, device=outputs.device)
+        wanted = wanted if wanted.is_floating_point() else wanted.long().reshape(-1)
+        return functional.cross_entropy(outputs, wanted)
 
     def _feature_distance(self) -> torch.Tensor:
+        names = [n for n in self.matched if n in self._seen]
+        scales = variances([self._wanted[n] for n in names])
         errors = [
-            (self._seen[n] - self._wanted[n]).square().mean()
-            / self._wanted[n].var().clamp_min(1e-12)
-            for n in self.matched
+            (self._seen[n] - self._wanted[n]).square().mean() / scale.clamp_min(1e-12)
+            for n, scale in zip(names, scales, strict=True)
         ]
         return torch.stack(errors).mean()
 
-    def _watch(self, module: nn.Module, name: str, kept: dict[str, torch.Tensor]) -> None:
-        def keep(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            kept[name] = output
 
-        self._hooks.append(module.register_forward_hook(keep))
+def _keeper(kept: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        kept[name] = output
 
-
-def _common_layers(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Split layers of the student whose dense form the teacher has under the same name."""
-    dense = dict(teacher.named_modules())
-    return [
-        name
-        for name, module in student.named_modules()
-        if isinstance(module, FactorizedSFT)
-        and not isinstance(dense.get(name, module), FactorizedSFT)
-    ]
+    return keep
 
 
-def _distance(outputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def _common_modules(student: nn.Module, teacher: nn.Module, match: Sequence[str]) -> list[str]:
+    """Split layers whose dense form the teacher has, and what `match` names in both networks."""
+    known = dict(teacher.named_modules())
+    found = []
+    for name, module in student.named_modules():
+        if name not in known:
+            continue
+        whole = not isinstance(known[name], FactorizedSFT)
+        split = isinstance(module, FactorizedSFT) and whole
+        if split or (name and any(fnmatch.fnmatchcase(name, pattern) for pattern in match)):
+            found.append(name)
+    for pattern in match:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in found):
+            raise InputError(
+                f"match: '{pattern}' fits no module that both the network and its teacher have."
+            )
+    return found
+
+
+def _distance(outputs: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
     if wanted.ndim == 2 and wanted.shape[1] > 1:
         softened = functional.kl_div(
-            (outputs / TEMPERATURE).log_softmax(1),
-            (wanted / TEMPERATURE).log_softmax(1),
+            (outputs / temperature).log_softmax(1),
+            (wanted / temperature).log_softmax(1),
             reduction="batchmean",
             log_target=True,
         )
-        return TEMPERATURE**2 * softened
-    scale = (wanted - wanted.mean()).square().mean().clamp_min(1e-12)
-    error: torch.Tensor = (outputs - wanted).square().mean() / scale
+        return temperature**2 * softened
+    (scale,) = variances([wanted], correction=0)
+    error: torch.Tensor = (outputs - wanted).square().mean() / scale.clamp_min(1e-12)
     return error
-
-
-def _distance_from_targets(outputs: torch.Tensor, targets: Any | None) -> torch.Tensor:
-    if targets is None:
-        raise InputError("Without a teacher, fine-tuning needs loaders of (inputs, targets).")
-    wanted = torch.as_tensor(targets, device=outputs.device)
-    wanted = wanted if wanted.is_floating_point() else wanted.long().reshape(-1)
-    return functional.cross_entropy(outputs, wanted)

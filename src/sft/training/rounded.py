@@ -1,13 +1,18 @@
 """What fine-tuning does besides when weights and activations are rounded: the integers count."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from sft.surgery.quantize import QuantizedModel
+from sft.training.loop import Idle
 from sft.training.oscillation import Oscillations
 from sft.training.steps import LearnedSteps, freeze_steps, put_on_grid
 
+STEP_RATE = 0.1  # of step sizes, relative to that of weights; 1 was worse on a 3-bit network
 
-class RoundedTraining:
+
+class RoundedTraining(Idle):
     """Learned steps and frozen oscillations of a `QuantizedModel`; of any other module, nothing.
 
     The model is changed in place: its steps are parameters until `settle`.
@@ -25,23 +30,23 @@ class RoundedTraining:
         if freeze_oscillations:
             self._oscillations = Oscillations(self._model.weights())
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimiser moves besides the network's own parameters."""
-        return [] if self._steps is None else list(self._steps.logarithms.values())
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The logarithms of the steps, at a rate of their own."""
+        if self._steps is None:
+            return []
+        own = list(self._steps.logarithms.values())
+        return [{"params": own, "peak": STEP_RATE * learning_rate}]
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors to be stored, and copied back into to resume."""
         steps = {} if self._steps is None else self._steps.state()
         swings = {} if self._oscillations is None else self._oscillations.state()
         return {**steps, **swings}
 
-    def collect_gradients(self) -> None:
-        """Call after each backward pass."""
+    def after_backward(self) -> None:
         if self._steps is not None:
             self._steps.collect_gradients()
 
-    def follow(self, progress: float) -> None:
-        """Call after each step of the optimiser; `progress` is the share of training done."""
+    def after_step(self, progress: float) -> None:
         if self._steps is not None:
             self._steps.follow()
         if self._oscillations is not None:
