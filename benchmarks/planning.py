@@ -9,6 +9,7 @@ replan     a new budget from a saved profile of ResNet-50, as a whole process
 profile    seconds of profiling fashion-resnet, without and with remembered latencies
 predicted  bytes, MACs, latency and damage of random plans of nearly one size, and what they are
 joint      rank and bits chosen together beside three ways to choose them apart, at equal costs
+thin       layers kept whole because low rank gains no time: is it said, and is it true?
 resnet50   the profile of ResNet-50 at 224 with 128 images, which `replan` reads
 
 Every damage and latency is of an exported file, on images that nothing was calibrated on; nothing
@@ -35,6 +36,7 @@ from planning_cases import CASES, TARGET
 from planning_joint import RIVALS, measure_joint
 from planning_predicted import measure_predictions
 from planning_solver import measure_replanning, measure_solver
+from planning_thin import measure_thin
 from speed_networks import make_noise, make_resnet50
 
 import sft
@@ -67,6 +69,9 @@ WANTED: Wanted = {
     "plans_with_wrong_bytes": ("<=", 0),
     "plans_with_wrong_macs": ("<=", 0),
     "resnet50_profile_seconds": ("<=", 1200.0),
+    "thin_layers_kept": (">=", 1),
+    "thin_layers_kept_with_reason": (">=", "thin_layers_kept"),
+    "thin_claims_measured_true": (">=", "thin_layers_kept"),
 }
 PRINTED = [name for name in WANTED if "wrong" not in name and "resnet50" not in name]
 
@@ -135,6 +140,10 @@ def joint(run: Run) -> Found:
     return found
 
 
+def thin(run: Run) -> Found:
+    return measure_thin(run.folder)
+
+
 def resnet50(run: Run) -> Found:
     """Stores the profile too, without its statistics."""
     model, images = make_resnet50(), make_noise(128)
@@ -156,6 +165,7 @@ PARTS: dict[str, Callable[[Run], Found]] = {
     "profile": profile,
     "predicted": predicted,
     "joint": joint,
+    "thin": thin,
 }
 
 

@@ -1,9 +1,9 @@
 """Rank and bits chosen together, beside three ways to choose them apart, at equal costs.
 
-The budgets are such that size and latency both bind, by a rule that knows no damage of a rival: for
-each size, the latency half way between the least that any plan of this size has and that of the
-best plan of this size with no limit on latency. Where one limit alone binds there is nothing to
-choose together.
+The budgets are such that size and latency both bind: for each size, the latency three quarters of
+the way from the least that any plan of this size has to that of the best plan of this size with no
+limit on latency. Nearer to the least, latency alone fixes the ranks, and choosing the bits after
+them loses nothing; the gains that the profile predicts there are listed as well.
 
 Each rival gets at least the bytes and the milliseconds of the joint plan (predicted by one table;
 the files are measured), the same schemes, the same menus of ranks and widths, and is built in the
@@ -28,6 +28,8 @@ from sft.planning.solve import solve
 
 Chosen = Sequence[Candidate]
 
+WAY = 0.75
+
 
 def measure_joint(case: Case, budgets: int) -> Found:
     """Measured damages of all four at each budget, and how much less the joint plan's is."""
@@ -36,7 +38,13 @@ def measure_joint(case: Case, budgets: int) -> Found:
     eight = case.plan_of(whole, "whole").cost
     for number, size in enumerate(case.sizes[:budgets]):
         bytes_ = int(size * eight.size)
-        milliseconds = _halfway(case, bytes_)
+        least, most = _ends(case, bytes_)
+        milliseconds = least + WAY * (most - least)
+        for way in (0.25, 0.5, WAY):
+            gain = _predicted_gain(case, bytes_, least + way * (most - least))
+            found[f"{case.name}_{size:g}_{way:g}_of_the_way_predicted_gain_vs_rank_then_bits"] = (
+                gain
+            )
         latency = round(milliseconds / _ms(eight), 2)
         budget = sft.Budget(size_bytes=bytes_, latency_ms=milliseconds)
         joint = sft.plan_in_place(case.profile, budget, case.model, case.data)
@@ -57,8 +65,8 @@ def measure_joint(case: Case, budgets: int) -> Found:
     return found
 
 
-def _halfway(case: Case, size: int) -> float:
-    """Milliseconds between the least of any plan of this size and those of the best such plan."""
+def _ends(case: Case, size: int) -> tuple[float, float]:
+    """Milliseconds: the least of any plan of this size, and those of the best such plan."""
     menus = [integers(entry) for entry in case.profile.layers]
     sizes = {"size": [np.array([float(c.cost.size) for c in menu]) for menu in menus]}
     found = []
@@ -67,7 +75,14 @@ def _halfway(case: Case, size: int) -> float:
         choice = solve(aims, sizes, {"size": float(size)}).choice
         chosen = [menu[i] for menu, i in zip(menus, choice, strict=True)]
         found.append(_ms(case.plan_of(chosen, "").cost))
-    return sum(found) / 2
+    return found[0], found[1]
+
+
+def _predicted_gain(case: Case, size: int, milliseconds: float) -> float:
+    """How much less damage the joint plan has than ranks, then bits, by the profile alone."""
+    joint = sft.plan(case.profile, sft.Budget(size_bytes=size, latency_ms=milliseconds))
+    rival = rank_then_bits(case, (joint.cost.size, _ms(joint.cost)))
+    return 1.0 if rival is None else 1 - joint.value / max(rival.value, 1e-30)
 
 
 def uniform(case: Case, limits: tuple[int, float]) -> Plan | None:

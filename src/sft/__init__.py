@@ -16,12 +16,14 @@ _HOMES = {
     "Check": "sft.core.records",
     "Data": "sft.core.data",
     "Inspection": "sft.core.records",
+    "JsonLines": "sft.core.events",
     "Option": "sft.core.records",
     "Plan": "sft.core.records",
     "Profile": "sft.core.records",
     "Result": "sft.pipeline",
     "Target": "sft.core.records",
     "Timing": "sft.core.records",
+    "Trained": "sft.training.course",
     "apply": "sft.surgery.apply",
     "benchmark": "sft.runtimes.runner",
     "compress": "sft.pipeline",
@@ -40,6 +42,7 @@ _HOMES = {
     "remeasure": "sft.profiling.remeasure",
     "report": "sft.reporting.html",
     "top1": "sft.core.data",
+    "train": "sft.training.end_to_end",
     "verify": "sft.verification.parity",
 }
 _ROOMS = ("decompositions", "layers", "quantizers")
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from sft.core.data import Batches as Batches
     from sft.core.data import Data as Data
     from sft.core.data import top1 as top1
+    from sft.core.events import JsonLines as JsonLines
     from sft.core.records import Artifact as Artifact
     from sft.core.records import Check as Check
     from sft.core.records import Inspection as Inspection
@@ -78,6 +82,8 @@ if TYPE_CHECKING:
     from sft.reporting.html import report as report
     from sft.runtimes.runner import benchmark as benchmark
     from sft.surgery.apply import apply as apply
+    from sft.training.course import Trained as Trained
+    from sft.training.end_to_end import train as train
     from sft.training.finetune import finetune as finetune
     from sft.training.reconstruct import reconstruct as reconstruct
     from sft.verification.parity import verify as verify

@@ -1,6 +1,9 @@
 """The command `sft`: one sub-command a verb. No logic: parse, call, exit code."""
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,18 +14,19 @@ from sft.core import progress
 from sft.core.errors import SFTError
 
 INTERRUPTED, INTERNAL = 130, 3
+SHARED = ("compress", "demo", "finetune", "profile", "train")  # work that processes share out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
     0 done and verified, 1 budget not met or verification failed, 2 bad input, 3 internal error or
-    runtime crash, 130 interrupted (the same command goes on).
+    runtime crash, or another process lost, 130 interrupted (the same command goes on).
     """
     options = build_parser().parse_args(arguments)
     progress.show(not options.quiet)
     try:
-        return int(options.run(options))
+        return _run(options) if _processes() == 1 else _run_shared(options)
     except SFTError as error:
         print(f"sft: {error}", file=sys.stderr)
         return error.exit_code
@@ -33,6 +37,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print("sft: internal error (above); please report it.", file=sys.stderr)
         return INTERNAL
+
+
+def _processes() -> int:
+    """How many processes torchrun has started for this command."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    return int(options.run(options))
+
+
+def _run_shared(options: argparse.Namespace) -> int:
+    """The verb in one of several processes; only process 0 prints.
+
+    What is not shared out process 0 does alone, and the others leave at once.
+    """
+    others = os.environ["RANK"] != "0"
+    if options.run.__name__ not in SHARED:
+        return 0 if others else _run(options)
+    from torch import manual_seed
+
+    from sft.core.distributed import joined
+
+    with joined(options.device) as options.device, contextlib.ExitStack() as silence:
+        manual_seed(options.seed)  # a factory of MODEL or DATA makes the same in all
+        if others:
+            progress.show(False)
+            silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        return _run(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("--integer-learning-rate", type=float)
     _out(compress, "out")
+    _train_verb(verbs)
     _model(_verb(verbs, "inspect", "list the layers of MODEL", commands.inspect))
     profile = _verb(verbs, "profile", "measure MODEL on data, once", commands.profile)
     _model(profile)
@@ -79,6 +113,36 @@ def build_parser() -> argparse.ArgumentParser:
     _out(report, "report.html", "FILE")
     _verb(verbs, "list", "models, data, targets and decompositions", commands.list_known)
     return parser
+
+
+def _train_verb(verbs: Any) -> None:
+    """Training within a budget, without a plan made before."""
+    text = "train MODEL into low rank and few bits, in one go"
+    verb = _verb(verbs, "train", text, commands.train)
+    _model(verb)
+    for name in ("size", "macs"):
+        verb.add_argument(f"--{name}", type=float, help=f"fraction of the original {name}")
+    verb.add_argument("--size-bytes", type=int)
+    verb.add_argument("--macs-count", type=int)
+    verb.add_argument("--weight-bits", type=int, default=4, metavar="N", help="2 to 8 (default 4)")
+    verb.add_argument(
+        "--scheme", action="append", dest="schemes", metavar="NAME", help="of two factors (repeat)"
+    )
+    verb.add_argument("--rank-multiple", type=int, metavar="N", help="default: the target's lanes")
+    verb.add_argument(
+        "--keep", action="append", default=[], metavar="LAYER", help="stays float (pattern; repeat)"
+    )
+    verb.add_argument("--steps", type=int, help="of the optimiser, in all (2000)")
+    verb.add_argument("--learning-rate", type=float, help="in float")
+    verb.add_argument("--integer-learning-rate", type=float, help="with rounding in place")
+    verb.add_argument("--scratch", action="store_true", help="draw all weights anew")
+    verb.add_argument("--pretraining", choices=("admm",), help="draw dense kernels to low rank")
+    verb.add_argument(
+        "--without", action="append", default=[], metavar="PART",
+        choices=("shrinking", "dual-ascent", "bit-ramp", "product-decay"),
+        help="shrinking, dual-ascent, bit-ramp or product-decay (repeat)",
+    )  # fmt: skip
+    _out(verb, "out")
 
 
 def _plan_verbs(verbs: Any) -> None:
@@ -187,6 +251,16 @@ def _limits(verb: argparse.ArgumentParser) -> None:
 def _training(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--steps", type=int, help="fine-tuning steps in float")
     verb.add_argument("--learning-rate", type=float)
+    verb.add_argument("--minutes", type=float, help="end by the clock instead of after steps")
+    verb.add_argument("--ema", type=float, metavar="DECAY", help="average the weights over steps")
+    verb.add_argument(
+        "--patience", type=int, metavar="N",
+        help="keep what is best on the validation split; end after N judgements without a better",
+    )
+    verb.add_argument("--log", metavar="FILE", help="append events, one JSON object a line")
+    verb.add_argument(
+        "--save-every", type=float, metavar="SECONDS", help="between two stored states (20)"
+    )
 
 
 def _out(verb: argparse.ArgumentParser, default: str | None, metavar: str = "DIR") -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from sft.core.budget import Budget
     from sft.core.data import Data, Evaluate
+    from sft.core.events import Events
     from sft.core.records import Artifact, Option, Plan, Record
     from sft.job import Training
 
@@ -24,7 +25,7 @@ def demo(options: argparse.Namespace) -> int:
     """The main job on the embedded network and data."""
     options.model, options.data, options.weights = "fashion-resnet", "fashion-mnist", None
     options.evaluate, options.keep, options.option = "top1", [], []
-    options.steps = options.integer_steps = options.learning_rate = None
+    options.steps = options.integer_steps = options.learning_rate = options.log = None
     from sft.core.budget import Budget
 
     return _compress(options, Budget(size=0.1, macs=0.34, max_drop=0.005))
@@ -50,6 +51,7 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def profile(options: argparse.Namespace) -> int:
+    from sft.core.distributed import rank
     from sft.measure import profile
     from sft.profiling.store import save_profile
 
@@ -59,7 +61,8 @@ def profile(options: argparse.Namespace) -> int:
         data_free=options.data_free, loss_aware=options.loss_aware, seed=options.seed,
         **_measuring(options),
     )  # fmt: skip
-    save_profile(measured, options.out)
+    if rank() == 0:
+        save_profile(measured, options.out)
     lines = [f"{x.layer.name}: {len(x.candidates)} options" for x in measured.layers]
     return _print(options, "\n".join([*lines, f"written to {options.out}"]), measured)
 
@@ -88,6 +91,7 @@ def apply(options: argparse.Namespace) -> int:
 
 
 def finetune(options: argparse.Namespace) -> int:
+    from sft.core.distributed import rank
     from sft.core.files import check_writable, write_bytes
     from sft.surgery.apply import apply
     from sft.training.finetune import finetune
@@ -96,14 +100,55 @@ def finetune(options: argparse.Namespace) -> int:
     out = Path(options.out)
     check_writable(out.parent)
     state = out.with_name(f".{out.name}.state")
+    data = _data(options)
+    judging: dict[str, Any] = {}
+    if training.patience is not None:
+        judging = {"validation": data.split("validation")[0], "patience": training.patience}
     tuned = finetune(
-        apply(model, _plan(options)), _data(options).split("train")[0], model,
-        steps=training.steps, learning_rate=training.learning_rate, seed=options.seed,
-        checkpoint=state,
+        apply(model, _plan(options)), data.split("train")[0], model,
+        steps=training.steps, minutes=training.minutes, learning_rate=training.learning_rate,
+        ema=training.ema, seed=options.seed, checkpoint=state, save_every=training.save_every,
+        on_event=_events(options), **judging,
     )  # fmt: skip
-    write_bytes(out, _weights(tuned))
-    state.unlink(missing_ok=True)
+    if rank() == 0:
+        write_bytes(out, _weights(tuned))
+        for left in (state, *out.parent.glob(f".{state.name}.*")):  # half-written ones too
+            left.unlink(missing_ok=True)
     return _say(options, {"written": options.out})
+
+
+def train(options: argparse.Namespace) -> int:
+    """Write the plan, the exported file with its note, the packed file and the events, at once."""
+    import shutil
+
+    from sft.core.distributed import rank
+    from sft.core.events import JsonLines
+    from sft.core.files import check_writable, publish
+    from sft.exporters import export, save_packed
+    from sft.training.end_to_end import train
+
+    out = Path(options.out)
+    state, staged = out / ".sft-train", out / ".sft-train" / "staged"
+    check_writable(out)
+    staged.mkdir(parents=True, exist_ok=True)
+    named = ("steps", "learning_rate", "integer_learning_rate", "rank_multiple", "pretraining")
+    given = {n: getattr(options, n) for n in named if getattr(options, n) is not None}
+    given |= {n.replace("-", "_"): False for n in options.without}
+    trained = train(
+        _model(options), _data(options), _budget(options), target=options.target,
+        weight_bits=options.weight_bits, scheme=options.schemes, keep=options.keep,
+        scratch=options.scratch, seed=options.seed, name=options.model, checkpoint=state,
+        on_event=JsonLines(staged / "events.jsonl"), **given,
+    )  # fmt: skip
+    if rank() == 0:
+        trained.plan.save(staged / "plan.json")
+        artifact = export(trained.model, trained.plan, staged / "model.onnx")
+        artifact = dataclasses.replace(artifact, path=str(out / "model.onnx"))
+        artifact.save(_note(str(staged / "model.onnx")))
+        save_packed(trained.model, staged / "model.safetensors")
+        publish(staged, out)
+        shutil.rmtree(state)
+    return _print(options, f"{trained.plan}\nwritten to {out}", trained.plan)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -181,7 +226,7 @@ def _compress(options: argparse.Namespace, budget: "Budget") -> int:
     result = compress(
         _model(options), _data(options), budget, evaluate=_evaluate(options),
         target=options.target, out=options.out, keep=options.keep, overrides=_overrides(options),
-        training=_training(options),
+        training=_training(options), on_event=_events(options),
         name=options.model, seed=options.seed, threads=options.threads,
     )  # fmt: skip
     print(json.dumps(result.data, indent=1) if options.json else result.summary)
@@ -190,9 +235,11 @@ def _compress(options: argparse.Namespace, budget: "Budget") -> int:
 
 
 def _model(options: argparse.Namespace) -> "nn.Module":
+    from sft.core.distributed import broadcast_
     from sft.models.load import load_model
 
     model = load_model(options.model, options.weights)
+    broadcast_([*model.parameters(), *model.buffers()])
     try:
         return model.to(options.device)
     except RuntimeError as error:
@@ -201,6 +248,7 @@ def _model(options: argparse.Namespace) -> "nn.Module":
 
 
 def _data(options: argparse.Namespace) -> "Data":
+    from sft.core.shards import shared_out
     from sft.models.data import load_data
 
     if options.data is None:
@@ -209,7 +257,7 @@ def _data(options: argparse.Namespace) -> "Data":
                 "Give --data: fashion-mnist, imagefolder:DIR, npz:FILE or module:factory."
             )
         options.data = "fashion-mnist"
-    return load_data(options.data, options.model)
+    return shared_out(load_data(options.data, options.model))
 
 
 def _evaluate(options: argparse.Namespace) -> "Evaluate | None":
@@ -270,6 +318,12 @@ def _training(options: argparse.Namespace) -> "Training":
     names = [f.name for f in dataclasses.fields(Training)]
     given = {n: getattr(options, n) for n in names if getattr(options, n, None) is not None}
     return Training(**given)
+
+
+def _events(options: argparse.Namespace) -> "Events | None":
+    from sft.core.events import JsonLines
+
+    return JsonLines(options.log) if options.log else None
 
 
 def _plan(options: argparse.Namespace) -> "Plan":

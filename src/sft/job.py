@@ -5,6 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +18,14 @@ from sft.accuracy_floor import Trial
 from sft.calibration.quantize import quantize
 from sft.core.budget import Budget
 from sft.core.data import Data, Evaluate, Loader, fingerprint_data
+from sft.core.distributed import from_first, is_distributed, rank
 from sft.core.errors import InputError
+from sft.core.events import Events
 from sft.core.files import write_text
 from sft.core.progress import say
 from sft.core.randomness import forked_rng
 from sft.core.records import STORED, Artifact, Check, Option, Plan, Profile, Target, Timing
+from sft.core.shards import record_of_first
 from sft.exporters import export, save_packed
 from sft.measure import profile
 from sft.outcome import describe, score_file
@@ -50,12 +54,21 @@ class Training:
     """How the compressed network is fine-tuned, with the original as teacher.
 
     steps : optimiser steps in float; integer_steps : steps with rounding in place. 0 leaves out.
+    minutes : end by the clock instead, both trainings of a network together; they share the time
+    as they would the steps. ema : decay of a moving average of the weights (0: none). patience :
+    judge on the validation split, keep what is best there, and end after so many judgements
+    without a better one (None: no judging). See `finetune`.
+    save_every : seconds between two stored states (20); it does not change the result.
     """
 
     steps: int = 800
     integer_steps: int = 120
     learning_rate: float = 2e-3
     integer_learning_rate: float = 3e-4
+    minutes: float | None = None
+    ema: float = 0.0
+    patience: int | None = None
+    save_every: float | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.integer_steps < 0:
@@ -63,6 +76,18 @@ class Training:
         for rate in (self.learning_rate, self.integer_learning_rate):
             if not 0 < rate < float("inf"):
                 raise InputError(f"Learning rate {rate}: it must be above 0 and finite.")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise InputError(f"{self.minutes} minutes of training: a time above 0 is wanted.")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema={self.ema}: a decay of at least 0 and below 1 is wanted.")
+        if self.patience is not None and self.patience < 1:
+            raise InputError(f"patience={self.patience}: at least 1 judgement is wanted.")
+
+    def minutes_of(self, steps: int) -> float | None:
+        """The share of the time that a training of so many steps has."""
+        if self.minutes is None:
+            return None
+        return self.minutes * steps / (self.steps + self.integer_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +110,7 @@ class Job:
     name: str
     seed: int
     threads: int
+    on_event: Events | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,26 +149,31 @@ class Job:
         keep: Sequence[str],
         overrides: Mapping[str, Option] | None,
     ) -> Plan:
-        return self._timed(
-            "plan",
-            lambda: plan_in_place(
+        def choose() -> Plan:
+            return plan_in_place(
                 measured, budget, self.model, self.data,
                 keep=keep, overrides=overrides, seed=self.seed,
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
+
+        found = self._timed("plan", lambda: record_of_first(Plan, choose))
+        return dataclasses.replace(found, statistics=measured.statistics)
 
     def export_original(self) -> Artifact:
         path = self.work.staged / f"original{self.target.suffix}"
         example = self.data.example()
-        return self._timed(
-            "export", lambda: export(self.original, None, path, self.target.name, example=example)
-        )
+
+        def write() -> Artifact:
+            return export(self.original, None, path, self.target.name, example=example)
+
+        return self._timed("export", lambda: record_of_first(Artifact, write))
 
     def score(self, artifact: Artifact, loader: Loader) -> float:
-        """The score of an exported file, run in its runtime."""
-        return self._timed(
-            "score", lambda: score_file(artifact, self.score_of, loader, self.threads)
-        )
+        """The score of an exported file, run in its runtime (by the first of several processes)."""
+
+        def run() -> bytes:
+            return repr(score_file(artifact, self.score_of, loader, self.threads)).encode()
+
+        return float(self._timed("score", lambda: from_first(run)))
 
     def build(self, plan: Plan) -> Made:
         """From a plan to the exported file: split, fit, fine-tune, quantise, fine-tune, export."""
@@ -157,7 +188,8 @@ class Job:
             f"{key}-integers", rounded, training.integer_steps, training.integer_learning_rate
         )
         path = self.work.root / f"{key}{self.target.suffix}"
-        artifact = self._timed("export", lambda: export(rounded, plan, path, self.target.name))
+        write = partial(export, rounded, plan, path, self.target.name)
+        artifact = self._timed("export", lambda: record_of_first(Artifact, write))
         return Made(rounded, artifact)
 
     def _fit(self, small: nn.Module) -> nn.Module:
@@ -165,11 +197,19 @@ class Job:
         return reconstruct(small, self.model, self.data.calibration, seed=self.seed)
 
     def _tune(self, stage: str, network: M, steps: int, learning_rate: float) -> M:
+        how = self.training
+        judging: dict[str, Any] = {}
+        if how.patience is not None:
+            judging = {"validation": self.data.split("validation")[0], "patience": how.patience}
+
         def run(module: M, state: Path) -> M:
-            say(f"fine-tune: {steps} steps")
+            length = f"{steps} steps" if how.minutes is None else f"{how.minutes_of(steps):.3g} min"
+            say(f"fine-tune: {length}")
             return finetune(
                 module, self.data.split("train")[0], self.original,
-                steps=steps, learning_rate=learning_rate, seed=self.seed, checkpoint=state,
+                steps=steps, minutes=how.minutes_of(steps), learning_rate=learning_rate,
+                ema=how.ema, seed=self.seed, checkpoint=state, save_every=how.save_every,
+                on_event=self.on_event, **judging,
             )  # fmt: skip
 
         if steps == 0:
@@ -179,7 +219,23 @@ class Job:
     def prove(
         self, measured: Profile, trial: Trial[Made], budget: Budget, before: Artifact, score: float
     ) -> tuple[dict[str, Any], Check]:
-        """Touch the test split, once: verify and time both files; returns `result.json`."""
+        """Touch the test split, once: verify and time both files; returns `result.json`.
+
+        Of several processes the first one does it.
+        """
+
+        def work() -> bytes:
+            outcome, check = self._prove(measured, trial, budget, before, score)
+            return json.dumps([outcome, check.to_json()]).encode()
+
+        if not is_distributed():
+            return self._prove(measured, trial, budget, before, score)
+        outcome, check = json.loads(from_first(work))
+        return outcome, Check.from_json(check)
+
+    def _prove(
+        self, measured: Profile, trial: Trial[Made], budget: Budget, before: Artifact, score: float
+    ) -> tuple[dict[str, Any], Check]:
         test, split = self.data.split("test")
         say(f"verify and benchmark on the {split} split")
         made = trial.made
@@ -208,6 +264,8 @@ class Job:
 
     def deliver(self, outcome: dict[str, Any], measured: Profile, plan: Plan) -> None:
         """Write the records and the page beside the files, then move all into the output folder."""
+        if rank() != 0:
+            return
         staged = self.work.staged
         save_profile(measured, staged / "profile")
         plan.save(staged / "plan.json")

@@ -33,6 +33,7 @@ from sft.core.records import (
     PlanRow,
     Profile,
 )
+from sft.core.shards import record_of_first
 from sft.decompositions import decompositions
 from sft.exporters import export
 from sft.profiling.latency import LatencyTable
@@ -62,6 +63,7 @@ def profile(
         runtime then. latency_table : the file in which timings are remembered, by default one in
         the user's cache.
     measuring : the options of `profiling.profile`, which measures the damage.
+    Of several processes the first one alone times, and the others wait.
     The model is not changed. Raises `InputError` if it or the data cannot be used, or if this
     machine cannot run the target's integers (give `latency=False` then).
     """
@@ -73,7 +75,8 @@ def profile(
     if table is None:
         return measured
     with forked_rng(measured.seed):
-        return add_latency(measured, model, data, table)
+        found = record_of_first(Profile, lambda: add_latency(measured, model, data, table))
+    return dataclasses.replace(found, statistics=measured.statistics)
 
 
 def add_latency(measured: Profile, model: nn.Module, data: Data, table: LatencyTable) -> Profile:

@@ -11,6 +11,7 @@ from sft.accuracy_floor import Trial, search
 from sft.core.budget import Budget
 from sft.core.data import Data, Evaluate
 from sft.core.errors import BudgetError
+from sft.core.events import Events
 from sft.core.progress import say
 from sft.core.randomness import forked_rng
 from sft.core.records import Artifact, Check, Option, Plan
@@ -64,6 +65,7 @@ def compress(
     name: str | None = None,
     seed: int = 0,
     threads: int = 1,
+    on_event: Events | None = None,
 ) -> Result:
     """Decompose, quantise, fine-tune, export, and prove the file; the model itself is untouched.
 
@@ -72,7 +74,8 @@ def compress(
         file; without it the score is the agreement with the original model.
     keep : layers (names or patterns) that stay in float; overrides : options set by hand.
     name : a reference by which `sft.load` can make the network again.
-    threads : of the runtime while it is measured.
+    threads : of the runtime while it is measured. on_event : gets a dict for each event of the
+        trainings; `sft.JsonLines` writes them to a file.
 
     Writes `result.json`, `plan.json`, `profile/`, the exported file, `model.safetensors`,
     `report.html` and `manifest.json` into `out`, all at the end. A call that was interrupted goes
@@ -82,7 +85,7 @@ def compress(
     data.check()
     job = Job(
         model, data, find_target(target), training or Training(), evaluate,
-        name or type(model).__name__, seed, threads,
+        name or type(model).__name__, seed, threads, on_event,
     )  # fmt: skip
     validation = data.split("validation")[0]
     with forked_rng(seed):

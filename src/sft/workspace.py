@@ -9,16 +9,19 @@ from typing import TypeVar
 
 from torch import nn
 
+from sft.core.distributed import first_finds, from_first, rank
 from sft.core.errors import InputError
 from sft.core.files import check_writable, publish, write_text
 from sft.core.progress import say
 from sft.core.records import Artifact, Profile
-from sft.profiling.profile import load_profile, save_profile
+from sft.core.shards import record_of_first
+from sft.profiling.profile import STATISTICS_FILE, load_profile, save_profile
+from sft.profiling.unfinished import statistics_of_first
 from sft.training.checkpoint import load_state, save_state
 
 M = TypeVar("M", bound=nn.Module)
 
-HIDDEN = ".sft-work"
+HIDDEN, DONE = ".sft-work", ".sft-done"
 
 
 class Workspace:
@@ -26,32 +29,39 @@ class Workspace:
 
     It belongs to one request (`settings`); another request finds it empty. What is to be delivered
     is made in `staged` and moved out in `deliver`, all at once; until then the output folder keeps
-    what it had.
+    what it had. Of several processes the first one reads and writes; all get what it has.
     """
 
     def __init__(self, out: Path, settings: str) -> None:
-        check_writable(out)
         self.out, self.root = out, out / HIDDEN
+        self.staged = self.root / "staged"
+        from_first(lambda: self._open(settings))
+
+    def _open(self, settings: str) -> bytes:
+        """Make the folder, or keep that of an interrupted run, without what it had staged."""
+        check_writable(self.out)
+        shutil.rmtree(self.out / DONE, ignore_errors=True)
         note = self.root / "settings.json"
         text = json.dumps({"settings": settings}) + "\n"
         if self.root.exists() and (not note.is_file() or note.read_text() != text):
             shutil.rmtree(self.root)
-        self.staged = self.root / "staged"
-        self.staged.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.staged, ignore_errors=True)
+        self.staged.mkdir(parents=True)
         write_text(note, text)
+        return b""
 
     def profiled(self, measure: Callable[[], Profile]) -> Profile:
         """The profile: from an interrupted run of the same request, or measured now."""
         folder = self.root / "profile"
-        try:
-            found = load_profile(folder)
-            len(found.statistics or {})  # read now: a damaged file means measuring again
+        if first_finds(lambda: _is_whole(folder)):
             say("  profile: taken from the interrupted run")
-            return found
-        except InputError:
-            measured = measure()
+            found = record_of_first(Profile, lambda: load_profile(folder))
+            statistics = statistics_of_first(folder / STATISTICS_FILE)
+            return dataclasses.replace(found, statistics=statistics)
+        measured = measure()
+        if rank() == 0:
             save_profile(measured, folder)
-            return measured
+        return measured
 
     def trained(self, key: str, model: M, train: Callable[[M, Path], M]) -> M:
         """A training stage: finished earlier, gone on with, or run now.
@@ -59,13 +69,14 @@ class Workspace:
         train : gets the model and the file for its checkpoint, gives back the trained model.
         """
         done, state = self.root / f"{key}.safetensors", self.root / f"{key}.state"
-        if done.is_file():
+        if first_finds(done.is_file):
             load_state(model, done)
             say(f"  {key}: taken from the interrupted run")
             return model
         trained = train(model, state)
-        save_state(trained, done)
-        state.unlink(missing_ok=True)
+        if rank() == 0:
+            save_state(trained, done)
+            state.unlink(missing_ok=True)
         return trained
 
     def stage(self, artifact: Artifact, name: str) -> Artifact:
@@ -77,4 +88,14 @@ class Workspace:
     def deliver(self) -> None:
         """Move everything staged into the output folder and forget the work."""
         publish(self.staged, self.out)
-        shutil.rmtree(self.root)
+        self.root.rename(self.out / DONE)  # in one step: what is left by halves is not taken up
+        shutil.rmtree(self.out / DONE)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder holds a profile and its statistics, both undamaged."""
+    try:
+        len(load_profile(folder).statistics or {})  # read now: a damaged file counts as none
+    except InputError:
+        return False
+    return True

@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from sft.core.records import DENSE, KEEP, STORED, Layer, Option
 from sft.decompositions import decompositions
+from sft.layers.interpolative import INTERPOLATIVE
+from sft.layers.residual import RESIDUAL
 from sft.models.inspect import inspect
 from sft.profiling.memory import Memory, alive_numbers
 from sft.surgery.modules import capture
@@ -81,6 +83,7 @@ class Counting(torch.fx.Interpreter):
         self.values: dict[torch.fx.Node, Tensor] = {}
         self.totals: dict[torch.fx.Node, int] = {}
         self.beside: dict[torch.fx.Node, int] = {}
+        self.lasting: set[torch.fx.Node] = set()
         self.order = list(graph.graph.nodes)
 
     def run_node(self, node: torch.fx.Node) -> object:
@@ -92,6 +95,12 @@ class Counting(torch.fx.Interpreter):
         touched = [self.values[n] for n in (node, *node.all_input_nodes) if n in self.values]
         self.totals[node] = numbers(alive)
         own = {v.untyped_storage().data_ptr() for v in touched}
+        read = [n for n in node.all_input_nodes if n in self.values]
+        users = self.order[self.order.index(node) + 1 :]
+        last = {n for user in users for n in user.all_input_nodes if n in self.values}
+        memory = {self.values[n].untyped_storage().data_ptr() for n in last}
+        if any(self.values[n].untyped_storage().data_ptr() in memory for n in read):
+            self.lasting.add(node)
         self.beside[node] = numbers([v for v in alive if v.untyped_storage().data_ptr() not in own])
         return value
 
@@ -110,15 +119,53 @@ def test_what_is_alive_is_what_the_values_of_a_run_hold(kind: str) -> None:
         count.run(x)
     weights = {f"{layer.name}.weight": layer.name for layer in layers}
     beside: dict[str, int] = {}
+    lasting: set[str] = set()
     elsewhere = 0
     for node, total in count.totals.items():
         own = [weights[str(s.target)] for s in node.all_input_nodes if str(s.target) in weights]
         for name in own:
             beside[name] = max(beside.get(name, 0), count.beside[node])
+            if node in count.lasting:
+                lasting.add(name)
         if not own:
             elsewhere = max(elsewhere, total)
     found = alive_numbers(network, x, layers)
-    assert found == Memory(max(count.totals.values()), beside, elsewhere)
+    assert found == Memory(max(count.totals.values()), beside, elsewhere, frozenset(lasting))
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "rank"),
+    [
+        ("wide", KEEP, ()),
+        ("wide", "channel_in", (2,)),
+        ("wide", RESIDUAL, (2,)),
+        ("wide", INTERPOLATIVE, (3,)),
+        ("back", "tucker2", (3, 2)),
+        ("back", RESIDUAL, (1,)),
+        ("back", INTERPOLATIVE, (2,)),
+        ("back", INTERPOLATIVE, (4,)),
+    ],
+)
+def test_a_split_layer_holds_what_its_own_operators_hold(
+    name: str, scheme: str, rank: tuple[int, ...]
+) -> None:
+    """Also behind splits that are no chain, and where a shortcut needs the input ("wide")."""
+    network, x, layers = made("residual")
+    (layer,) = [each for each in layers if each.name == name]
+    found = alive_numbers(network, x, layers)
+    if rank:
+        dense = network.get_submodule(name)
+        network.set_submodule(name, decompositions[scheme].build(dense, rank, None))
+    count = Counting(capture(network.eval(), x))
+    with torch.no_grad():
+        count.run(x)
+    inside = [
+        total
+        for node, total in count.totals.items()
+        if any(path == name for path, _ in node.meta.get("nn_module_stack", {}).values())
+    ]
+    assert len(inside) >= max(len(rank), 1)
+    assert found.of(layer, Option(scheme, rank, None), False) == 4 * max(inside)
 
 
 def test_by_hand() -> None:

@@ -70,31 +70,17 @@ def quantize(
     """
     how = How(rounding, weight_ranges, correct_bias, refit, seed)
     found = find_target(target) if isinstance(target, str) else target
-    choose = known_ranges[ranges]
     for _ in range(2):
-        with forked_rng():
-            model = prepare(small, plan, found)
-            samples = MANY if reconstruct else samples_wanted(model, how)
-            float_form = observe(model, device_of(small), calibration, equalize, how, samples)
-        originals, wanted = float_form.originals, float_form.outputs
-        set_ranges(model, choose)
-        model.set_modes(Mode.ROUND, Mode.ROUND)
-        floats = _floats(model) if reconstruct else {}
-        rounded = round_weights(model, float_form.inputs, how)
-        broadcast_([*model.parameters(), *model.buffers()])
-        reasons = (
-            find_sensitive(model, originals, float_form.inputs, wanted, rounded)
-            if spare_sensitive
-            else {}
-        )
+        result = _round(small, plan, found, calibration, ranges, equalize, how, reconstruct > 0)
+        reasons = _sensitive(result) if spare_sensitive else {}
         if not reasons:
             break
         for name, reason in reasons.items():
             say(f"  {name}: {reason}")
         plan = keep_in_float(plan, reasons)
     if reconstruct:
-        _reconstruct(model, float_form, floats, rounded, reconstruct, seed)
-    return model
+        _reconstruct(result, reconstruct, seed)
+    return result.model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,24 +132,67 @@ def observe(
     return Observed(originals, inputs, torch.cat(outputs))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rounded:
+    """A network in integers, beside what it was.
+
+    shown : what it showed in float. floats : its parameters before rounding, where they are wanted.
+    outputs : what it gives for the samples of `shown` in integers, ``(N, ...)``.
+    """
+
+    model: QuantizedModel
+    shown: Observed
+    floats: dict[str, Tensor]
+    outputs: Tensor
+
+
+def _round(
+    small: nn.Module,
+    plan: Plan,
+    target: Target,
+    calibration: Loader,
+    ranges: str,
+    even: bool,
+    how: How,
+    reconstructed: bool,
+) -> _Rounded:
+    """Pass all data in float, fix the activations' grids, round the weights; the same network in
+    every process. reconstructed : blocks will be, which takes more samples and the floats.
+    """
+    choose = known_ranges[ranges]
+    with forked_rng():
+        model = prepare(small, plan, target)
+        samples = MANY if reconstructed else samples_wanted(model, how)
+        shown = observe(model, device_of(small), calibration, even, how, samples)
+    set_ranges(model, choose)
+    model.set_modes(Mode.ROUND, Mode.ROUND)
+    floats = _floats(model) if reconstructed else {}
+    outputs = round_weights(model, shown.inputs, how)
+    broadcast_([*model.parameters(), *model.buffers()])
+    return _Rounded(model, shown, floats, outputs)
+
+
+def _sensitive(rounded: _Rounded) -> dict[str, str]:
+    """Layers that integers would ruin, with the reason in words."""
+    shown = rounded.shown
+    return find_sensitive(
+        rounded.model, shown.originals, shown.inputs, shown.outputs, rounded.outputs
+    )
+
+
 def _floats(model: QuantizedModel) -> dict[str, Tensor]:
     """A copy of every parameter, biases too, which the rounding of weights also changes."""
     return {name: p.detach().clone() for name, p in model.graph_module.named_parameters()}
 
 
-def _reconstruct(
-    model: QuantizedModel,
-    shown: Observed,
-    floats: dict[str, Tensor],
-    rounded: Tensor,
-    steps: int,
-    seed: int,
-) -> None:
+def _reconstruct(rounded: _Rounded, steps: int, seed: int) -> None:
     """Reconstruct the blocks in place, if that helps the outputs for samples held out from it."""
+    model, shown = rounded.model, rounded.shown
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    reconstruct_blocks(model, shown.inputs, floats, steps=steps, seed=seed)
+    reconstruct_blocks(model, shown.inputs, rounded.floats, steps=steps, seed=seed)
     judge, wanted = (x[::HELD_OUT] for x in (torch.cat(shown.inputs), shown.outputs))
-    if divergence(wanted, first_output(model(judge))) >= divergence(wanted, rounded[::HELD_OUT]):
+    reached = divergence(wanted, first_output(model(judge)))
+    if reached >= divergence(wanted, rounded.outputs[::HELD_OUT]):
         say("  block reconstruction is dropped: the network's outputs are no closer")
         model.load_state_dict(before)
 

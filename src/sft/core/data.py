@@ -146,9 +146,12 @@ def check_finite(x: torch.Tensor, split: str) -> None:
 
 
 def fingerprint_data(loader: Loader, batches: int = 2) -> str:
-    """A short hash of the first batches, to notice that the data changed."""
+    """A short hash of the first batches, to notice that the data changed.
+
+    Of one that is divided over processes (`shards.Shard`) the whole batches count.
+    """
     digest = hashlib.sha256()
-    for index, batch in enumerate(loader):
+    for index, batch in enumerate(getattr(loader, "whole", loader)):
         if index == batches:
             break
         x = inputs_of(batch).detach().cpu().contiguous()

@@ -1,15 +1,13 @@
-"""`model.safetensors`: the integers packed bit by bit, and the way back to a module.
+"""`model.safetensors`: the integers in few bits, and the way back to a module.
 
-The file holds, for each rounded weight, its integers in as few bits as their range needs and one
-scale a channel; every other tensor in float32; scale and zero point of each activation; and, as
-metadata, the plan.
+The file holds, for each rounded weight, its integers in as few bits as their range needs, or coded
+in fewer (`streams`), and one scale a channel; every other tensor in float32; scales and zero points
+of all activations, in the order of the graph; and, as metadata, the plan.
 """
 
 import json
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -18,27 +16,12 @@ from torch import nn
 from sft.core.errors import InputError
 from sft.core.files import check_manifest, write_bytes
 from sft.core.records import FORMAT, Plan
+from sft.exporters.streams import BITS, decode, encode
 from sft.models.load import load_model
 from sft.quantizers.fake import ActivationFakeQuantize, Mode, WeightFakeQuantize
 from sft.runtimes.targets import find_target
 from sft.surgery.apply import apply
 from sft.surgery.quantize import QuantizedModel, prepare
-
-
-def pack_bits(values: npt.NDArray[np.integer], bits: int) -> npt.NDArray[np.uint8]:
-    """Signed integers of any shape to a dense stream of `bits`-bit two's complement numbers."""
-    unsigned = values.reshape(-1).astype(np.int64) & ((1 << bits) - 1)
-    expanded = (unsigned[:, None] >> np.arange(bits)) & 1
-    return np.packbits(expanded.astype(np.uint8).reshape(-1))
-
-
-def unpack_bits(stream: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.int8]:
-    """The first `count` numbers of what `pack_bits` wrote."""
-    expanded = np.unpackbits(stream, count=count * bits).reshape(count, bits).astype(np.int64)
-    unsigned = (expanded << np.arange(bits)).sum(1)
-    signed = np.where(unsigned >> (bits - 1), unsigned - (1 << bits), unsigned)
-    narrow: npt.NDArray[np.int8] = signed.astype(np.int8)
-    return narrow
 
 
 def save_packed(model: QuantizedModel, path: Path) -> int:
@@ -49,17 +32,18 @@ def save_packed(model: QuantizedModel, path: Path) -> int:
     for name, (weight, rounding) in rounded.items():
         bits = rounding.bits
         integers = rounding.integers(weight.detach()).cpu().numpy()
-        tensors[f"packed:{name}"] = torch.from_numpy(pack_bits(integers, bits))
+        stream, coding = encode(integers, bits)
+        tensors[f"packed:{name}"] = torch.from_numpy(stream)
         tensors[f"scale:{name}"] = rounding.scale.detach().cpu().contiguous()
-        layout[name] = {"bits": bits, "shape": list(weight.shape)}
+        layout[name] = {"bits": bits, "shape": list(weight.shape), "coding": coding}
     roundings = _rounding_names(model)
     for name, value in model.graph_module.state_dict().items():
         if name not in rounded and name.rpartition(".")[0] not in roundings:
             tensors[f"float:{name}"] = value.detach().cpu().contiguous()
-    for name, activation in model.activations().items():
-        scale, zero_point = activation.calculate_qparams()
-        tensors[f"step:{name}"] = scale.detach().cpu().clone()
-        tensors[f"zero:{name}"] = zero_point.cpu().clone()
+    grids = [each.calculate_qparams() for each in model.activations().values()]
+    if grids:
+        tensors["steps"] = torch.cat([scale.detach().cpu() for scale, _ in grids])
+        tensors["zeros"] = torch.cat([zero.cpu() for _, zero in grids]).to(torch.int16)
     note = {
         "format": FORMAT,
         "target": model.target.name,
@@ -106,11 +90,11 @@ def _fill(
     try:
         with torch.no_grad():
             for name, (weight, rounding) in model.weights().items():
-                integers = unpack_bits(
+                how = layout[name]
+                integers = decode(
                     tensors[f"packed:{name}"].numpy(),
-                    int(str(layout[name]["bits"])),
-                    weight.numel(),
-                )
+                    int(str(how["bits"])), weight.numel(), str(how.get("coding", BITS)),
+                )  # fmt: skip
                 scale = tensors[f"scale:{name}"]
                 values = torch.from_numpy(integers).reshape(weight.shape).float()
                 sides = [-1 if i == rounding.ch_axis else 1 for i in range(weight.ndim)]
@@ -119,13 +103,24 @@ def _fill(
             for key, value in tensors.items():
                 if key.startswith("float:"):
                     _tensor(model.graph_module, key[6:]).copy_(value)
-            for name, activation in model.activations().items():
-                activation.scale = tensors[f"step:{name}"]
-                activation.zero_point = tensors[f"zero:{name}"]
-    except (KeyError, AttributeError, RuntimeError) as error:
+            for index, (name, activation) in enumerate(model.activations().items()):
+                scale, zero = _grid_of(tensors, index, name)
+                activation.scale, activation.zero_point = scale, zero.long()
+    except (KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         raise InputError(
             f"'{path}' does not fit the model ({error}). Give load() the network it was made from."
         ) from None
+
+
+def _grid_of(
+    tensors: dict[str, torch.Tensor], index: int, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of an activation, each ``(1,)``; older files have a tensor for each."""
+    if f"step:{name}" in tensors:
+        return tensors[f"step:{name}"], tensors[f"zero:{name}"]
+    if index >= len(tensors["steps"]):
+        raise IndexError(f"no grid for activation {index}")
+    return tensors["steps"][index : index + 1].clone(), tensors["zeros"][index : index + 1]
 
 
 def _rounding_names(model: QuantizedModel) -> set[str]:

@@ -42,7 +42,7 @@ def choose(
         row = np.zeros(count)
         row[choice] = 1.0
         constraints.append(LinearConstraint(row[None], -np.inf, groups - 1.0))
-    with native_output_to_stderr():
+    with quiet_c_code():
         result = milp(
             objective,
             integrality=np.ones(count, dtype=np.intp),
@@ -71,7 +71,7 @@ def prices(objective: Floats, group: Ints, rows: Floats) -> Floats | None:
     one_each = scipy.sparse.csr_array(
         (np.ones(count), (group, np.arange(count))), shape=(groups, count)
     )
-    with native_output_to_stderr():
+    with quiet_c_code():
         result = linprog(
             objective, A_ub=rows, b_ub=np.ones(len(rows)),
             A_eq=cast(Any, one_each), b_eq=np.ones(groups), method="highs",
@@ -85,26 +85,28 @@ def prices(objective: Floats, group: Ints, rows: Floats) -> Floats | None:
 
 
 @contextmanager
-def native_output_to_stderr() -> Iterator[None]:
-    """Send what C code prints to standard error meanwhile.
+def quiet_c_code() -> Iterator[None]:
+    """Drop what C code prints to standard output meanwhile.
 
-    The HiGHS inside scipy 1.17 prints a debugging line on some problems, whatever its options say;
-    on standard output it would break `--json`.
+    The HiGHS inside scipy 1.17 prints a debugging line on some problems, whatever its options say
+    (`HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();`). On standard output
+    it would break `--json`, and it tells users nothing.
     """
     try:
         saved = os.dup(1)
     except OSError:  # there is no standard output to keep clean
         yield
         return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         _flush_c_stdout()
-        with suppress(OSError):  # there may be no standard error to print to
-            os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         _flush_c_stdout()
         os.dup2(saved, 1)
         os.close(saved)
+        os.close(nowhere)
 
 
 def _flush_c_stdout() -> None:

@@ -2,11 +2,11 @@
 
 On plain arrays. What cannot be in an optimal answer is left out first (it does not fit, or another
 option of the layer is no worse in anything). The Lagrangian relaxation then gives a bound, and a
-good answer beside it; an option that would lift the bound above that answer is left out too. What
-remains, a few options a layer, is solved exactly by mixed-integer programming (HiGHS), one binary a
-(layer, option). Everything is counted as excess over the layer's lowest and scaled by the room
-that is left, so that the solver's tolerances mean nothing, and whatever it says is checked against
-the limits here.
+good answer beside it; an option that would lift the bound above that answer is left out too. Of
+what remains, a few options a layer, every choice near the bound is enumerated; where these are too
+many, it is solved by mixed-integer programming (HiGHS), one binary a (layer, option). Everything is
+counted as excess over the layer's lowest and scaled by the room that is left, so that the solver's
+tolerances mean nothing, and whatever comes out is checked against the limits here.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sft.core.errors import InputError, SFTError
+from sft.planning.enumeration import enumerate_best
 from sft.planning.highs import choose
 from sft.planning.lagrangian import Relaxation, good_answer, improved, limited_rows, relax
 from sft.planning.table import SLACK, Floats, Ints, Table, affordable, flatten, undominated
@@ -96,16 +97,27 @@ def _optimum(
     found = _near(table, limits)
     if found is None:
         return None
-    (relaxed, chosen), base = found, math.fsum(table.lowest(table.damage))
-    bound, table = base + relaxed.bound, relaxed.table
+    relaxed, chosen = found
+    bound = math.fsum(table.lowest(table.damage)) + relaxed.bound
     if method == "exact":
-        searched = _search(table, limits, relaxed.total(chosen), 0.0)
-        if searched is None:
-            raise SFTError("The solver HiGHS lost an answer that it had found before.")
-        chosen, dual = searched
-        bound = max(bound, math.fsum(table.lowest(table.damage)) + dual)
-    value = math.fsum(table.damage[chosen])
-    return tuple(table.option[chosen].tolist()), value, min(bound, value)
+        chosen, proven = _best(relaxed, chosen, limits)
+        bound = max(bound, proven)
+    value = math.fsum(relaxed.table.damage[chosen])
+    return tuple(relaxed.table.option[chosen].tolist()), value, min(bound, value)
+
+
+def _best(relaxed: Relaxation, known: Ints, limits: Mapping[str, float]) -> tuple[Ints, float]:
+    """The best choice and a bound: by enumeration, or by HiGHS where that would take long."""
+    table, span = relaxed.table, relaxed.total(known)
+    tie = TIE * (span if span > 0 else 1.0)
+    ties = tie * table.burden()
+    chosen = enumerate_best(relaxed, known, ties, lambda c: _keeps(table, c, limits))
+    if chosen is not None:
+        return chosen, math.fsum(table.damage[chosen]) - tie + math.fsum(ties[chosen])
+    searched = _search(table, limits, span, 0.0)
+    if searched is None:
+        raise SFTError("The solver HiGHS lost an answer that it had found before.")
+    return searched[0], math.fsum(table.lowest(table.damage)) + searched[1]
 
 
 def _near(table: Table, limits: Mapping[str, float]) -> tuple[Relaxation, Ints] | None:

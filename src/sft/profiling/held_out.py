@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.core.data import Loader, check_finite, inputs_of
+from sft.core.distributed import all_reduce_sum_
 from sft.core.errors import InputError
 from sft.core.randomness import forked_rng
 from sft.profiling.damage import divergence
@@ -47,7 +48,7 @@ def first_batch(loader: Loader, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def distance(model: nn.Module, original: nn.Module, loader: Loader, seed: int = 0) -> float:
-    """Mean divergence of a model from the original on the batches that judge.
+    """Mean divergence of a model from the original on the batches that judge, of all processes.
 
     Both are in eval mode and on one device; the divergence is that of `profiling.damage`.
     """
@@ -58,7 +59,9 @@ def distance(model: nn.Module, original: nn.Module, loader: Loader, seed: int = 
     for x in batches(loader, device, True if count >= HELD_OUT else None, seed):
         total += len(x) * divergence(original(x), model(x))
         samples += len(x)
-    return total / max(samples, 1)
+    figures = torch.tensor([total, samples], dtype=torch.float64)
+    all_reduce_sum_([figures])
+    return float(figures[0]) / max(float(figures[1]), 1)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -7,8 +7,10 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from sft.core.distributed import all_reduce_sum_
 from sft.core.errors import InputError
 from sft.core.kernels import bias_of, geometry_of, to_canonical, weight_of
+from sft.core.shards import Part
 from sft.core.statistics import Statistics, normalize_taps
 from sft.profiling.moments import Moments, pieces
 from sft.profiling.patches import draw, patch_sum, patches, picked, pixels_read, reads
@@ -32,6 +34,8 @@ class LayerSums:
 
     Of a pointwise layer only the narrower side's moments are gathered. Where patches are no wider
     than the output, their covariance is gathered in place of the outputs'.
+    part : where what is added next stands in a batch that several processes share. Positions are
+        then drawn from the whole batch, alike in all, and each process takes those in its slice.
     """
 
     def __init__(self, name: str, layer: nn.Module, wanted: Wanted) -> None:
@@ -46,6 +50,7 @@ class LayerSums:
         depth = self.inputs * self.taps
         self.patch_sum = torch.zeros(self.groups, depth, dtype=torch.float64, device=weight.device)
         self._tables: tuple[object, list[Tensor]] = (None, [])
+        self.part: Part | None = None
         self._random = torch.Generator().manual_seed(zlib.crc32(f"{wanted.seed} {name}".encode()))
         narrow, pointwise = depth <= self.outputs, geometry.pointwise
         self.pixels = self._moments(self.inputs, not pointwise or narrow or wanted.patches)
@@ -91,6 +96,15 @@ class LayerSums:
         unscaled = found if scale == 1 else (piece.to(self.work) / scale for piece in found)
         self.gradients.add(unscaled)
         self.graded += total
+
+    def share(self) -> None:
+        """Make the sums those over all processes; called once, before `finish`."""
+        counts = torch.tensor([self.count, self.input_count, self.graded], device=self.device)
+        all_reduce_sum_([counts, self.patch_sum])
+        self.count, self.input_count, self.graded = counts.tolist()
+        for moments in (self.pixels, self.patches, self.produced, self.between, self.gradients):
+            if moments is not None:
+                moments.share()
 
     def finish(self) -> Statistics:
         """The moments; raises `InputError` if the layer was never run or saw infinite values."""
@@ -144,7 +158,14 @@ class LayerSums:
 
     def _draw(self, total: int, default: int | None) -> Tensor | None:
         limit = default if self.wanted.positions is None else self.wanted.positions
-        return draw(total, limit, self._random)
+        if self.part is None or total % self.part.count:
+            return draw(total, limit, self._random)
+        each = total // self.part.count
+        chosen = draw(each * self.part.whole, limit, self._random)
+        first = each * self.part.first
+        if chosen is None:
+            return None
+        return chosen[(chosen >= first) & (chosen < first + total)] - first
 
     def _reads(self, size: tuple[int, ...], out: tuple[int, ...]) -> list[Tensor]:
         """The tables of `reads`; those of the last size are kept."""

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from sft.core.distributed import all_reduce_sum_, is_distributed
+
 CHUNK = 2**20  # numbers that are copied and multiplied at a time
 BLOCK = 128  # rows of a product that are computed at a time, from the diagonal on
 DRIFT = 1e-4  # a mean that moves by this share of itself does not move the shift
@@ -54,6 +56,18 @@ class Moments:
                 block = rows[:, start : start + BLOCK] @ rows[:, start:].mT
                 self.second[:, start : start + BLOCK, start:] += block
 
+    def share(self) -> None:
+        """Make the sums those over all processes, about the mean of all; no more is added then."""
+        if not is_distributed():
+            return
+        count = torch.tensor([self.count], device=self.first.device)
+        total = self.count * self.mean()
+        all_reduce_sum_([count, total])
+        if self.centred:
+            self._shift_to(total / max(int(count), 1))
+        all_reduce_sum_([self.first, self.second])
+        self.count = int(count)
+
     def mean(self) -> Tensor:
         """``(G, n)`` the mean of all columns."""
         return self.shift + self.first / max(self.count, 1)
@@ -88,6 +102,9 @@ class Moments:
             near = variance.clamp(min=0) + (DRIFT * mean) ** 2
             if bool(((mean - self.shift) ** 2 <= near).all()):
                 return
+        self._shift_to(mean)
+
+    def _shift_to(self, mean: Tensor) -> None:
         shift = mean.to(self.work).double()
         step = shift - self.shift
         cross = self._outer(self.first, step)

@@ -101,6 +101,8 @@ def picked(columns: Tensor, positions: Tensor) -> Iterator[Tensor]:
     if columns.shape[2] == 1:
         yield columns.index_select(0, positions.to(columns.device))
         return
+    if not len(positions):
+        return
     parts = [
         columns[sample].index_select(1, own.to(columns.device))
         for sample, own in _by_sample(positions, columns.shape[2])

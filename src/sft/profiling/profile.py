@@ -10,10 +10,12 @@ from torch import nn
 
 from sft.core.allocator import kept_memory
 from sft.core.data import Data, fingerprint_data
+from sft.core.distributed import from_first, rank, world
 from sft.core.errors import InputError
 from sft.core.progress import say, track
 from sft.core.randomness import forked_rng
-from sft.core.records import Inspection, LayerProfile, Option, Profile, Target
+from sft.core.records import Inspection, Layer, LayerProfile, Option, Profile, Target
+from sft.core.shards import of_first, whole_of
 from sft.core.statistics import Statistics
 from sft.decompositions import decompositions
 from sft.models.inspect import inspect
@@ -108,6 +110,8 @@ def profile(
     resume : a folder for what is finished, layer by layer; an interrupted call with the same
         arguments goes on from it. What was measured for another model, other data or by other
         versions is refused, with what differs. It stays until the caller deletes it.
+    Where a process group of torch.distributed runs, each process gives its share of the data, the
+    layers are shared out, and all get the same profile.
     Recurrent modules are opened into linear maps, which are layers of the profile.
     The model is not changed. Raises `InputError` if it or the data cannot be used.
     """
@@ -142,7 +146,7 @@ def _profile(
     inspect(model, example, name)
     folded, _ = open_all_recurrent(fold_batch_norm(model, example.to(_device(model))))
     inside = inspect(folded, example, name)
-    request = fingerprint(model, data, found, how)
+    request = from_first(lambda: fingerprint(model, data, found, how).encode()).decode()
     unfinished = Unfinished(resume, request)
     used, samples = unfinished.statistics(lambda: _gather(folded, inside, data, how))
     layers = _measure(folded, inside, used, data, found, how, unfinished)
@@ -246,37 +250,49 @@ def _measure(
     how: Measuring,
     unfinished: Unfinished,
 ) -> list[LayerProfile]:
-    """The menu of every layer, with its damage; finished ones are taken from `unfinished`."""
+    """The menu of every layer, with its damage; finished ones are taken from `unfinished`.
+
+    Several processes take one layer each in turn; all measure on the samples of process 0.
+    """
     layers = {layer.name: layer for layer in inside.layers}
-    inputs = collect_inputs(data.calibration, how.anchor_samples or samples_for(inside))
+    samples = how.anchor_samples or samples_for(inside)
+    inputs = of_first(collect_inputs(whole_of(data.calibration), samples))
     batches = quick_batches(inputs.to(_device(folded)))
     with torch.no_grad():
         reference = torch.cat([folded(x).cpu() for x in batches])
         open_layers = [name for name in layers if name not in unfinished.layers]
         walk = places(folded, open_layers, batches) if open_layers else iter(())
-        for place in track(walk, "layers profiled", len(open_layers)):
-            layer, own = layers[place.name], statistics.get(place.name)
-            module = get_module(folded, place.name)
-            refusals, _ = schemes_for(layer, module, how.schemes)
-            candidates = menu(
-                layer, module, own, target, how.schemes, how.weight_bits, how.rank_multiple
-            )
-
-            def measure(
-                option: Option,
-                place: Place = place,
-                module: nn.Module = module,
-                own: Statistics | None = own,
-            ) -> float:
-                return _damage(place, module, option, own, reference, target, how.seed)
-
-            known, anchors, alphas = with_damage(candidates, measure, how.anchor_error)
-            entry = LayerProfile(
-                dataclasses.replace(layer, refusals=refusals), alphas, known, anchors
-            )
-            unfinished.add(entry)
+        mine: LayerProfile | None = None
+        for number, place in enumerate(track(walk, "layers profiled", len(open_layers))):
+            if number % world() == rank():
+                layer, own = layers[place.name], statistics.get(place.name)
+                module = get_module(folded, place.name)
+                mine = _measure_layer(place, layer, module, own, reference, target, how)
+            if number % world() == world() - 1 or number == len(open_layers) - 1:
+                unfinished.add(mine)
+                mine = None
     say(f"  profiled {len(layers)} layers on {len(inputs)} anchor samples")
     return [unfinished.layers[name] for name in layers]
+
+
+def _measure_layer(
+    place: Place,
+    layer: Layer,
+    module: nn.Module,
+    own: Statistics | None,
+    reference: torch.Tensor,
+    target: Target,
+    how: Measuring,
+) -> LayerProfile:
+    """The menu of one layer, with its damage where it stands."""
+    refusals, _ = schemes_for(layer, module, how.schemes)
+    candidates = menu(layer, module, own, target, how.schemes, how.weight_bits, how.rank_multiple)
+
+    def measure(option: Option) -> float:
+        return _damage(place, module, option, own, reference, target, how.seed)
+
+    known, anchors, alphas = with_damage(candidates, measure, how.anchor_error)
+    return LayerProfile(dataclasses.replace(layer, refusals=refusals), alphas, known, anchors)
 
 
 def _damage(

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sft.core.data import Loader, check_finite, inputs_of, length_of
+from sft.core.distributed import all_reduce_sum_, rank
 from sft.core.errors import InputError
 from sft.core.progress import track
+from sft.core.shards import Shard
 from sft.core.statistics import Statistics
 from sft.profiling.gradients import backward, frozen_parameters, scale_of, tracked
 from sft.profiling.layer_sums import LayerSums, Wanted
@@ -42,6 +44,10 @@ def gather_statistics(
         gradients. Means are of all positions always.
     seed : of the positions and of the sampled targets; torch's global generator is not used.
 
+    Where a process group of torch.distributed runs, each process gives its share of the data, and
+    all get the statistics of the whole. Where the loader is a `Shard`, they are those that one
+    process would gather, but for the sampled targets.
+
     Returns the statistics by layer name and the number of samples. The model is run in eval mode
     and left as it was. Raises `InputError` for empty or non-finite data, a module that is no such
     layer, a layer that is never run, and outputs that cannot be differentiated.
@@ -57,18 +63,31 @@ def gather_statistics(
     for name in names:
         wanted = Wanted(name in patch_covariances, gradients, positions, seed)
         sums[name] = LayerSums(name, model.get_submodule(name), wanted)
-    run = _runner(model, gradients, seed)
-    samples = 0
+    run = _runner(model, gradients, seed + rank())
+    seen = torch.zeros(1, dtype=torch.int64)
     with _watched(model, sums.values()):
-        for batch in track(loader, "calibration batches", length_of(loader)):
-            x = inputs_of(batch)
+        for x in track(_inputs(loader, sums.values()), "calibration batches", length_of(loader)):
             check_finite(x, "calibration")
             if len(x):
                 run(x)
-            samples += len(x)
-    if samples == 0:
+            seen += len(x)
+    all_reduce_sum_([seen])
+    if not seen:
         raise InputError("The calibration data is empty: at least one batch is needed.")
-    return {name: s.finish() for name, s in sums.items()}, samples
+    for own in sums.values():
+        own.share()
+    return {name: s.finish() for name, s in sums.items()}, int(seen)
+
+
+def _inputs(loader: Loader, sums: Collection[LayerSums]) -> Iterator[Tensor]:
+    """The inputs of each batch; of a slice of one, the sums know where it stands."""
+    if not isinstance(loader, Shard):
+        yield from map(inputs_of, loader)
+        return
+    for part in loader.parts():
+        for own in sums:
+            own.part = part
+        yield inputs_of(part.batch)
 
 
 def _runner(model: nn.Module, gradients: bool, seed: int) -> Callable[[Tensor], None]:

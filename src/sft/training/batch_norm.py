@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sft.core.copies import copy_module
 from sft.core.data import Loader
+from sft.core.distributed import refuse_batch_statistics
 from sft.core.errors import InputError
 from sft.core.progress import say
 from sft.profiling.held_out import batches, device_of, distance, first_batch
@@ -68,6 +69,7 @@ def _estimate(
         norm.reset_running_stats()
         norm.momentum = None  # the cumulative average
         norm.train()
+    refuse_batch_statistics(model)
     for x in batches(loader, device_of(model), held_out):
         try:
             model(x)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
@@ -31,10 +31,13 @@ def save_state(model: nn.Module, path: Path) -> None:
 
 
 def load_state(model: nn.Module, path: Path) -> None:
-    """Put back what `save_state` stored; raises `InputError` if it does not fit."""
+    """Put back what `save_state` stored; raises `InputError` if it does not fit.
+
+    Of several processes the first one reads for all.
+    """
+    content = from_first(lambda: read_bytes(path))
     try:
-        with safe_open(path, "pt") as stored:
-            restore(model, {key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
+        restore(model, load(content))
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"'{path}' does not fit the network ({error}). Delete it.") from None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sft.core.allocator import kept_memory
 from sft.core.data import Loader
-from sft.core.distributed import all_reduce_mean_, broadcast_
+from sft.core.distributed import all_reduce_mean_, broadcast_, refuse_batch_statistics
 from sft.core.errors import InputError
 from sft.core.events import Events, nothing
 from sft.core.progress import say
@@ -135,6 +135,7 @@ def run_steps(
     Where a process group of torch.distributed runs, gradients are averaged over its processes.
     Raises `InputError` for empty data, a loss that is not finite, and a state that does not fit.
     """
+    refuse_batch_statistics(student)
     run = _Run(student, objective, parts, settings)
     more = {name: value for part in parts for name, value in part.state().items()}
     asked = " ".join(text for text in (settings.describe(), request) if text)

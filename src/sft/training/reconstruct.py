@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sft.core.allocator import kept_memory
 from sft.core.copies import copy_module
 from sft.core.data import Loader
+from sft.core.distributed import broadcast_
 from sft.core.errors import InputError
 from sft.core.kernels import KINDS, bias_of, from_canonical, geometry_of, to_canonical, weight_of
 from sft.core.progress import say, track
@@ -70,6 +71,8 @@ def reconstruct(
     A layer that is fitted has a bias, also if it had none. A layer stays as it is if it is called
     several times or shares its weight, has a dense branch beside it (`ResidualSFT`), or if there
     are fewer positions than 20 for each number that it reads.
+    Where a process group of torch.distributed runs, each process gives its share of the data and
+    all end with the same network.
     Raises `InputError` for data that is empty or not finite. Neither network is changed.
     """
     if passes < 1:
@@ -89,7 +92,9 @@ def reconstruct(
         fits = {name: _Fit(fitted.get_submodule(name), generator) for name in stretch}
         _gather(fitted, original, fits, loader, seed)
         for fit in fits.values():
+            fit.moments.share()
             fit.solve()
+    broadcast_([*fitted.parameters(), *fitted.buffers()])
     after = distance(fitted, original, loader, seed)
     say(f"  refined {refined} layers, fitted {len(names)}")
     say(f"  divergence on held-out batches {before:.4g} before, {after:.4g} after")
