@@ -36,7 +36,7 @@ SEEDS = 3
 STEPS, QUICK_STEPS, INTEGERS = 300, 40, 0.25
 RATE, INTEGER_RATE = 2e-3, 1e-3
 BITS, MULTIPLE = 4, 4
-ABLATIONS = ("shrinking", "dual_ascent", "bit_ramp", "product_decay")
+ABLATIONS = ("without_shrinking", "without_dual_ascent", "without_product_decay", "with_bit_ramp")
 WANTED: Wanted = {"end_to_end_minus_two_stage_points": (">=", 0.0)}
 TARGET = RUNTIME = "onnxruntime"
 
@@ -66,8 +66,8 @@ def measure_end_to_end(quick: bool) -> dict[str, float | int | str]:
         ]
         if not quick:
             jobs += [
-                {"way": f"without_{part}", "budget": BUDGETS[1], "seed": seed, "steps": steps}
-                for part in ABLATIONS
+                {"way": way, "budget": BUDGETS[1], "seed": seed, "steps": steps}
+                for way in ABLATIONS
                 for seed in range(seeds)
             ]
         with ThreadPoolExecutor(2) as pool:
@@ -116,11 +116,12 @@ def _run(job: dict[str, Any], folder: Path) -> dict[str, float]:
     if job["way"] == "two_stage":
         trained, plan = _two_stages(model, data, measured, budget, seed, steps)
     else:
-        off = {job["way"].removeprefix("without_"): False} if "without" in job["way"] else {}
+        word, _, part = job["way"].partition("_")
+        changed = {part: word == "with"} if word.startswith("with") else {}
         result = sft.train(
             model, data, budget, target=TARGET, weight_bits=BITS, rank_multiple=MULTIPLE,
             steps=steps, learning_rate=RATE, integer_learning_rate=INTEGER_RATE, seed=seed,
-            measured=measured, **off,
+            measured=measured, **changed,
         )  # fmt: skip
         trained, plan = result.model, result.plan
     path = folder / f"{job['way']}-{job['budget'][0]}-{seed}.onnx"

@@ -139,9 +139,10 @@ def _train_verb(verbs: Any) -> None:
     verb.add_argument("--pretraining", choices=("admm",), help="draw dense kernels to low rank")
     verb.add_argument(
         "--without", action="append", default=[], metavar="PART",
-        choices=("shrinking", "dual-ascent", "bit-ramp", "product-decay"),
-        help="shrinking, dual-ascent, bit-ramp or product-decay (repeat)",
+        choices=("shrinking", "dual-ascent", "product-decay"),
+        help="shrinking, dual-ascent or product-decay (repeat)",
     )  # fmt: skip
+    verb.add_argument("--bit-ramp", action="store_true", help="narrow the weights from 8 bits on")
     _out(verb, "out")
 
 

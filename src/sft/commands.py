@@ -134,6 +134,7 @@ def train(options: argparse.Namespace) -> int:
     named = ("steps", "learning_rate", "integer_learning_rate", "rank_multiple", "pretraining")
     given = {n: getattr(options, n) for n in named if getattr(options, n) is not None}
     given |= {n.replace("-", "_"): False for n in options.without}
+    given |= {"bit_ramp": options.bit_ramp}
     trained = train(
         _model(options), _data(options), _budget(options), target=options.target,
         weight_bits=options.weight_bits, scheme=options.schemes, keep=options.keep,

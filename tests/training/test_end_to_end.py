@@ -68,7 +68,7 @@ def test_training_teaches(net, data, measured) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
-    [{"shrinking": False}, {"bit_ramp": False}, {"seed": 1}, {"pretraining": "admm"},
+    [{"shrinking": False}, {"bit_ramp": True}, {"seed": 1}, {"pretraining": "admm"},
      {"product_decay": False}, {"dual_ascent": False}, {"scheme": "spatial"}],
     ids=str,
 )  # fmt: skip

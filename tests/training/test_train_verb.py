@@ -29,7 +29,7 @@ def module(tmp_path, monkeypatch) -> str:
 def test_the_command_writes_all_files_at_the_end(module, tmp_path, capsys) -> None:
     words = [
         "train", f"{module}:trained_net", "--data", f"{module}:made_data", "--macs", "0.5",
-        "--rank-multiple", "2", "--steps", "16", "-o", "made", "--quiet", "--without", "bit-ramp",
+        "--rank-multiple", "2", "--steps", "16", "-o", "made", "--quiet", "--bit-ramp",
     ]  # fmt: skip
     assert main(words) == 0
     made = tmp_path / "made"

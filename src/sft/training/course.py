@@ -44,7 +44,7 @@ from sft.training.reconstruct import reconstruct
 from sft.training.rounded import RoundedTraining
 from sft.training.shrinking import Shrinking
 
-SHRINK, INTEGERS, PRETRAIN = 0.15, 0.25, 0.2  # shares of the steps; the rest recovers
+SHRINK, INTEGERS, PRETRAIN = 0.1, 0.25, 0.2  # shares of the steps; the rest recovers
 DECAY = 1e-4
 ADMM = "admm"
 

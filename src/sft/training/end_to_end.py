@@ -50,7 +50,7 @@ def train(
     scratch: bool = False,
     shrinking: bool = True,
     dual_ascent: bool = True,
-    bit_ramp: bool = True,
+    bit_ramp: bool = False,
     product_decay: bool = True,
     pretraining: str | None = None,
     teacher: nn.Module | None = None,
@@ -63,8 +63,7 @@ def train(
     The layers are factorised at full width; a penalty shrinks their ranks until the costs are
     within the budget (`Shrinking`). Then the ranks are fixed, by the knapsack of `plan` on the
     trained weights, which guarantees the budget; a layer whose factors would save nothing stays
-    whole. The small network learns on in float and then with its rounding in place, while the
-    weights narrow from 8 bits to `weight_bits` (`BitRamp`).
+    whole. The small network learns on in float and then with its rounding in place.
 
     budget : limits on size and MACs. The costs are those of `profile`.
     target : the runtime and instruction set. weight_bits : of all layers, or by layer: names or
@@ -76,9 +75,10 @@ def train(
         peaks in float and with rounding in place.
     scratch : draw all weights anew; batch norm, in training form, is folded when the ranks are
         fixed. Its layers do not feel a penalty's scale, so singular values are thresholded.
-    shrinking, dual_ascent, bit_ramp, product_decay : False trains without this part: the ranks are
-        fixed at the start; the weight of the penalty stays as it is; the weights are rounded to
-        their last bits at once; decay acts on the factors.
+    shrinking, dual_ascent, product_decay : False trains without this part: the ranks are fixed at
+        the start; the weight of the penalty stays as it is; decay acts on the factors.
+    bit_ramp : with rounding in place, narrow the weights from 8 bits to `weight_bits` (`BitRamp`)
+        instead of starting at these. In short trainings it did harm.
     pretraining : "admm" spends a fifth of the steps on the dense network first, see `Nearness`.
     teacher : whose outputs are learned; `model` by default, and with `scratch` the targets of the
         data. loss : of the task, as in `finetune`.
