@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench bench-decompositions bench-quantization bench-planning setup
+.PHONY: demo test test-slow lint bench bench-decompositions bench-quantization bench-planning bench-training setup
 
 demo: $(READY)
 	$(VENV)/bin/sft demo
@@ -35,6 +35,9 @@ bench-quantization: $(READY)
 # Needs more packages for one network and its photos.
 bench-planning: $(READY)
 	$(PYTHON) benchmarks/planning.py
+
+bench-training: $(READY)
+	$(PYTHON) benchmarks/training.py
 
 setup: $(READY)
 
