@@ -36,6 +36,7 @@ SEEDS = 3
 STEPS, QUICK_STEPS, INTEGERS = 300, 40, 0.25
 RATE, INTEGER_RATE = 2e-3, 1e-3
 BITS, MULTIPLE = 4, 4
+FULL, FULL_STEPS = (0.044, 0.33), 800
 ABLATIONS = ("without_shrinking", "without_dual_ascent", "without_product_decay", "with_bit_ramp")
 WANTED: Wanted = {"end_to_end_minus_two_stage_points": (">=", 0.0)}
 TARGET = RUNTIME = "onnxruntime"
@@ -56,7 +57,7 @@ def measure_end_to_end(quick: bool) -> dict[str, float | int | str]:
         found: dict[str, float | int | str] = {
             "steps": steps,
             "images": 6000,
-            "original_accuracy": _score(original.path, data),
+            "original_accuracy": score(original.path, data),
         }
         jobs = [
             {"way": way, "budget": budget, "seed": seed, "steps": steps}
@@ -73,6 +74,29 @@ def measure_end_to_end(quick: bool) -> dict[str, float | int | str]:
         with ThreadPoolExecutor(2) as pool:
             scores = list(pool.map(lambda job: _in_process(job, folder), jobs))
     return found | _table(jobs, scores)
+
+
+def measure_full_task(folder: Path) -> Found:
+    """Both ways once on the embedded network, with all its data and its target's own ranks."""
+    model = sft.load_model("fashion-resnet")
+    data = sft.load_data("fashion-mnist", "fashion-resnet")
+    measured = sft.profile(model, data, TARGET, weight_bits=BITS, latency=False)
+    found: Found = {"full_task_steps": FULL_STEPS}
+    for way in ("two_stage", "end_to_end"):
+        if way == "two_stage":
+            trained, plan = two_stages(model, data, measured, sft.Budget(*FULL), 0, FULL_STEPS)
+        else:
+            result = sft.train(
+                model, data, sft.Budget(*FULL), target=TARGET, weight_bits=BITS, seed=0,
+                steps=FULL_STEPS, learning_rate=RATE, integer_learning_rate=INTEGER_RATE,
+                measured=measured,
+            )  # fmt: skip
+            trained, plan = result.model, result.plan
+        artifact = sft.export(trained, plan, folder / f"full-{way}.onnx", TARGET)
+        found[f"full_task_{way}_accuracy"] = score(artifact.path, data)
+        found[f"full_task_{way}_bytes"] = artifact.file_bytes
+        say(f"full task, {way}: {found[f'full_task_{way}_accuracy']}")
+    return found
 
 
 def _table(jobs: list[dict[str, Any]], scores: list[Mapping[str, float]]) -> dict[str, float]:
@@ -114,7 +138,7 @@ def _run(job: dict[str, Any], folder: Path) -> dict[str, float]:
     budget, seed, steps = sft.Budget(*job["budget"]), job["seed"], job["steps"]
     measured = load_profile(folder / "profile")
     if job["way"] == "two_stage":
-        trained, plan = _two_stages(model, data, measured, budget, seed, steps)
+        trained, plan = two_stages(model, data, measured, budget, seed, steps)
     else:
         word, _, part = job["way"].partition("_")
         changed = {part: word == "with"} if word.startswith("with") else {}
@@ -128,7 +152,7 @@ def _run(job: dict[str, Any], folder: Path) -> dict[str, float]:
     artifact = sft.export(trained, plan, path)
     validation = 100 * sft.top1(lambda x: trained(x).detach(), data.split("validation")[0])
     return {
-        "accuracy": _score(artifact.path, data),
+        "accuracy": score(artifact.path, data),
         "validation": validation,
         "bytes": artifact.file_bytes,
         "macs": plan.cost.macs / plan.original.macs,
@@ -136,7 +160,7 @@ def _run(job: dict[str, Any], folder: Path) -> dict[str, float]:
     }
 
 
-def _two_stages(
+def two_stages(
     model: torch.nn.Module,
     data: sft.Data,
     measured: sft.Profile,
@@ -156,7 +180,7 @@ def _two_stages(
     return rounded, plan
 
 
-def _score(path: str, data: sft.Data) -> float:
+def score(path: str, data: sft.Data) -> float:
     """Accuracy of a file on the test images, in percent."""
     with Runner(path, RUNTIME) as runner:
         return 100 * sft.top1(

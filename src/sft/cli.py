@@ -255,7 +255,9 @@ def _training(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--minutes", type=float, help="end by the clock instead of after steps")
     verb.add_argument("--ema", type=float, metavar="DECAY", help="average the weights over steps")
     verb.add_argument(
-        "--patience", type=int, metavar="N",
+        "--patience",
+        type=int,
+        metavar="N",
         help="keep what is best on the validation split; end after N judgements without a better",
     )
     verb.add_argument("--log", metavar="FILE", help="append events, one JSON object a line")

@@ -101,14 +101,12 @@ def finetune(options: argparse.Namespace) -> int:
     check_writable(out.parent)
     state = out.with_name(f".{out.name}.state")
     data = _data(options)
-    judging: dict[str, Any] = {}
-    if training.patience is not None:
-        judging = {"validation": data.split("validation")[0], "patience": training.patience}
+    held_out = None if training.patience is None else data.split("validation")[0]
     tuned = finetune(
         apply(model, _plan(options)), data.split("train")[0], model,
         steps=training.steps, minutes=training.minutes, learning_rate=training.learning_rate,
         ema=training.ema, seed=options.seed, checkpoint=state, save_every=training.save_every,
-        on_event=_events(options), **judging,
+        validation=held_out, patience=training.patience or 1, on_event=_events(options),
     )  # fmt: skip
     if rank() == 0:
         write_bytes(out, _weights(tuned))
@@ -148,7 +146,8 @@ def train(options: argparse.Namespace) -> int:
         artifact.save(_note(str(staged / "model.onnx")))
         save_packed(trained.model, staged / "model.safetensors")
         publish(staged, out)
-        shutil.rmtree(state)
+        done = state.rename(out / ".sft-trained")  # in one step: no half of a state is taken up
+        shutil.rmtree(done)
     return _print(options, f"{trained.plan}\nwritten to {out}", trained.plan)
 
 

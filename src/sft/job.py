@@ -198,9 +198,7 @@ class Job:
 
     def _tune(self, stage: str, network: M, steps: int, learning_rate: float) -> M:
         how = self.training
-        judging: dict[str, Any] = {}
-        if how.patience is not None:
-            judging = {"validation": self.data.split("validation")[0], "patience": how.patience}
+        held_out = None if how.patience is None else self.data.split("validation")[0]
 
         def run(module: M, state: Path) -> M:
             length = f"{steps} steps" if how.minutes is None else f"{how.minutes_of(steps):.3g} min"
@@ -209,7 +207,7 @@ class Job:
                 module, self.data.split("train")[0], self.original,
                 steps=steps, minutes=how.minutes_of(steps), learning_rate=learning_rate,
                 ema=how.ema, seed=self.seed, checkpoint=state, save_every=how.save_every,
-                on_event=self.on_event, **judging,
+                validation=held_out, patience=how.patience or 1, on_event=self.on_event,
             )  # fmt: skip
 
         if steps == 0:

@@ -54,5 +54,12 @@ def test_thinning_meets_every_channel_in_either_layout() -> None:
     x = torch.arange(float(channels))[None, :, None, None].expand(8, channels, 96, 96)
     for layout in (torch.contiguous_format, torch.channels_last):
         values = thinned(x.contiguous(memory_format=layout))
-        assert VALUES <= len(values) < 3 * VALUES
+        assert 8 * VALUES <= len(values) < 3 * 8 * VALUES
         assert values.unique().tolist() == list(range(channels))
+
+
+def test_slices_of_a_batch_give_what_the_batch_gives() -> None:
+    x = torch.randn(6, 8, 24, 24)
+    for own in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(6, 5)):
+        parts = torch.cat([thinned(own[:1]), thinned(own[1:4]), thinned(own[4:])])
+        assert torch.equal(parts.sort().values, thinned(own).sort().values)

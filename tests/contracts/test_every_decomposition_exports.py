@@ -8,7 +8,6 @@ from sft.core.records import Option
 from sft.decompositions import decompositions
 from sft.exporters import export
 from sft.planning.allocate import plan as make_plan
-from sft.profiling.profile import profile
 from sft.surgery.apply import apply
 from sft.surgery.modules import fold_batch_norm, get_module
 from sft.verification.parity import verify
@@ -17,8 +16,10 @@ TARGET = "onnxruntime-avx2"
 
 
 @pytest.mark.parametrize("name", list(decompositions))
-def test_the_exported_file_runs_every_factor_in_integers(name, net, data, tmp_path) -> None:
-    plan = make_plan(profile(net, data, TARGET), Budget())
+def test_the_exported_file_runs_every_factor_in_integers(
+    name, profiled, net, data, tmp_path
+) -> None:
+    plan = make_plan(profiled, Budget())
     body = get_module(fold_batch_norm(net, data.example()), "body")
     assert decompositions[name].unsupported(body) is None
     full = decompositions[name].full_rank(geometry_of(body))

@@ -17,7 +17,7 @@ from sft.quantizers.learned_step import round_with_step
 from sft.quantizers.linear import affine_parameters, symmetric_scale
 from sft.quantizers.pt2e import FakeQuantizeBase
 
-VALUES = 2**16  # of a tensor that enter a histogram at a time, at least
+VALUES = 2**11  # of a sample that enter a histogram, at least
 
 
 class Mode(enum.Enum):
@@ -173,20 +173,26 @@ class WeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
 
 def thinned(x: torch.Tensor) -> torch.Tensor:
-    """Every so many values of a large tensor, and its least and greatest, for a histogram.
+    """Every so many values of each large sample ``x[n]``, and its least and greatest, for a
+    histogram.
 
     They are taken in the order in which they lie in memory, so that nothing is copied; the step
-    shares no factor with the number of values, so that it meets every channel.
+    shares no factor with the number of values, so that it meets every channel. What is taken of a
+    sample does not depend on the others, so slices of a batch give together what it gives.
     """
+    if x.ndim < 2:
+        return x.flatten()
     strides = x.stride()
-    order = sorted(range(x.ndim), key=lambda axis: -strides[axis])
-    values = x.permute(order).flatten()
-    stride = values.numel() // VALUES
+    order = sorted(range(1, x.ndim), key=lambda axis: -strides[axis])
+    rows = x.permute(0, *order).flatten(1)
+    count = rows.shape[1]
+    stride = count // VALUES
     if stride < 2:
-        return values
-    while math.gcd(stride, values.numel()) > 1:
+        return rows.flatten()
+    while math.gcd(stride, count) > 1:
         stride -= 1
-    return torch.cat([values[::stride], *(end.reshape(1) for end in torch.aminmax(values))])
+    ends = torch.aminmax(rows, dim=1)
+    return torch.cat([rows[:, ::stride].flatten(), *ends])
 
 
 def in_kernel_order(weight: torch.Tensor) -> torch.Tensor:
