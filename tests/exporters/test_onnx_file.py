@@ -13,7 +13,6 @@ from sft.core.errors import InputError
 from sft.core.records import Option
 from sft.exporters import export
 from sft.planning.allocate import plan as make_plan
-from sft.profiling.profile import profile
 from sft.runtimes.targets import find_target
 from sft.surgery.apply import apply
 from sft.verification.placement import integer_fraction, place
@@ -22,8 +21,8 @@ TARGET = "onnxruntime-avx2"
 
 
 @pytest.fixture
-def rounded(net, data):
-    plan = make_plan(profile(net, data, TARGET), Budget())
+def rounded(profiled, net, data):
+    plan = make_plan(profiled, Budget())
     plan = plan.replace("body", Option("channel_out", (8,), 8))
     return quantize(apply(net, plan), plan, find_target(TARGET), data.calibration)
 

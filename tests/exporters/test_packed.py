@@ -31,8 +31,8 @@ def test_packing_is_exact_and_dense(bits: int, count: int, seed: int) -> None:
 
 
 @pytest.fixture
-def rounded(net, data):
-    plan = make_plan(profile(net, data, TARGET), Budget())
+def rounded(profiled, net, data):
+    plan = make_plan(profiled, Budget())
     plan = plan.replace("body", Option("channel_in", (8,), 4))
     return quantize(apply(net, plan), plan, find_target(TARGET), data.calibration)
 

@@ -11,16 +11,17 @@ from sft.planning.solve import solve
 
 
 def brute_force(damages, costs, limits):
-    """Least damage over all choices; None when nothing fits."""
-    best = None
-    for choice in itertools.product(*(range(len(d)) for d in damages)):
-        spent = {n: math.fsum(c[i][o] for i, o in enumerate(choice)) for n, c in costs.items()}
-        damage = math.fsum(d[o] for d, o in zip(damages, choice, strict=True))
-        finite = math.isfinite(damage) and all(math.isfinite(s) for s in spent.values())
-        fits = all(spent[n] <= most for n, most in limits.items())
-        if finite and fits and (best is None or damage < best):
-            best = damage
-    return best
+    """Least damage over all choices; None when nothing fits. Whole costs are summed exactly."""
+    choices = np.array(list(itertools.product(*(range(len(d)) for d in damages))))
+
+    def total(rows):
+        return sum(row[choices[:, layer]] for layer, row in enumerate(rows))
+
+    damage, spent = total(damages), {name: total(cost) for name, cost in costs.items()}
+    fits = np.isfinite(damage)
+    for name, cost in spent.items():
+        fits &= np.isfinite(cost) & (cost <= limits.get(name, math.inf))
+    return damage[fits].min() if fits.any() else None
 
 
 def instance(seed, layers=5, options=4):

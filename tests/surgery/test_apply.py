@@ -10,13 +10,12 @@ from sft.core.errors import InputError
 from sft.core.records import Option
 from sft.layers import Conv2dSFT
 from sft.planning.allocate import plan as make_plan
-from sft.profiling.profile import profile
 from sft.surgery.apply import apply
 
 
 @pytest.fixture
-def plan(net, data):
-    return make_plan(profile(net, data, "onnxruntime-avx2"), Budget())
+def plan(profiled):
+    return make_plan(profiled, Budget())
 
 
 def test_only_the_named_layer_is_split_and_the_model_is_untouched(net, plan) -> None:

@@ -19,9 +19,8 @@ TARGET = find_target("onnxruntime-avx2")
 
 
 @pytest.fixture
-def plan(net, data):
-    measured = profile(net, data, TARGET.name)
-    return make_plan(measured, Budget()).replace("body", Option("channel_out", (8,), 8))
+def plan(profiled):
+    return make_plan(profiled, Budget()).replace("body", Option("channel_out", (8,), 8))
 
 
 def test_every_layer_is_rounded_and_stays_close(net, data, plan) -> None:

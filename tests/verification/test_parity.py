@@ -15,7 +15,6 @@ from sft.core.errors import InputError, VerificationError
 from sft.core.files import sha256
 from sft.exporters import export
 from sft.planning.allocate import plan as make_plan
-from sft.profiling.profile import profile
 from sft.runtimes.targets import find_target
 from sft.surgery.apply import apply
 from sft.verification.parity import agreement_with, verify
@@ -24,8 +23,8 @@ TARGET = "onnxruntime-avx2"
 
 
 @pytest.fixture
-def rounded(net, data):
-    plan = make_plan(profile(net, data, TARGET), Budget())
+def rounded(profiled, net, data):
+    plan = make_plan(profiled, Budget())
     return quantize(apply(net, plan), plan, find_target(TARGET), data.calibration)
 
 
