@@ -135,8 +135,9 @@ def joint(run: Run) -> Found:
         found |= measure_joint(case, 1 if run.quick else 3)
     for way in RIVALS:
         gains = [float(v) for k, v in found.items() if k.endswith(f"_gain_vs_{way}")]
-        found[f"joint_gain_vs_{way}"] = statistics.median(gains)
-        found[f"joint_gain_vs_{way}_least"] = min(gains)
+        if gains:
+            found[f"joint_gain_vs_{way}"] = statistics.median(gains)
+            found[f"joint_gain_vs_{way}_least"] = min(gains)
     return found
 
 

@@ -26,7 +26,8 @@ class Case:
     """A network with its data. judged : images that damage is measured on; none is calibrated on.
 
     budget : size of the random plans, of the float original. sizes : those of the comparison, of
-    a file that has all layers whole in 8 bits. begun : where an interrupted profile goes on.
+    a file that has all layers whole in 8 bits. shown : inputs that files are quantised with, where
+    they are fewer than the profile saw. begun : where an interrupted profile goes on.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     folder: Path
     budget: float
     sizes: tuple[float, ...]
+    shown: sft.Batches | None = None
     begun: Path | None = None
 
     @cached_property
@@ -54,7 +56,7 @@ class Case:
     def build(self, plan: Plan, name: str) -> Artifact:
         """The plan's file: split, quantised, exported; nothing is trained."""
         small = sft.apply(self.model, plan)
-        rounded = sft.quantize(small, plan, TARGET, self.data.calibration)
+        rounded = sft.quantize(small, plan, TARGET, self.shown or self.data.calibration)
         return sft.export(rounded, plan, self.folder / f"{self.name}-{name}.onnx", TARGET)
 
     def damage(self, artifact: Artifact) -> float:
@@ -93,7 +95,8 @@ def efficientnet(folder: Path) -> Case:
     sizes = (0.7, 0.6, 0.5)
     model = load_efficientnet_lite0()
     judged = load_photos("test", crops=1)
-    return Case("efficientnet-lite0", model, data, judged, folder, 0.17, sizes)
+    shown = sft.Batches(calibration[:: len(calibration) // PHOTOS], batch_size=25)
+    return Case("efficientnet-lite0", model, data, judged, folder, 0.17, sizes, shown)
 
 
 CASES: dict[str, Callable[[Path], Case]] = {

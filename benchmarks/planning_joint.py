@@ -7,7 +7,8 @@ them loses nothing; the gains that the profile predicts there are listed as well
 
 Each rival gets at least the bytes and the milliseconds of the joint plan (predicted by one table;
 the files are measured), the same schemes, the same menus of ranks and widths, and is built in the
-same way. Where a rival has a free choice, it takes what is best by the profile's damages.
+same way. Where a rival has a free choice, it takes what is best by the profile's damages; one that
+has no plan within these costs counts in no figure.
 
 uniform          one share of the full rank and one width for all layers; the best scheme of two
 greedy energy    ranks that leave the most energy for their costs, layer by layer, all at 8 bits
@@ -52,16 +53,17 @@ def measure_joint(case: Case, budgets: int) -> Found:
         name = f"{case.name}_{size:g}_{latency:g}"
         plans = {"joint": joint} | {k: rival(case, limits) for k, rival in RIVALS.items()}
         for way, plan in plans.items():
-            artifact = case.build(plan, f"{number}-{way}") if plan else None
-            damage = math.inf if artifact is None else case.damage(artifact)
-            found[f"{name}_{way}_damage"] = damage
-            if artifact is not None and plan is not None:
-                found[f"{name}_{way}_bytes"] = artifact.file_bytes
-                found[f"{name}_{way}_milliseconds_predicted"] = _ms(plan.cost)
+            if plan is None:
+                found[f"{name}_{way}"] = "no plan fits"
+                continue
+            artifact = case.build(plan, f"{number}-{way}")
+            found[f"{name}_{way}_damage"] = damage = case.damage(artifact)
+            found[f"{name}_{way}_bytes"] = artifact.file_bytes
+            found[f"{name}_{way}_milliseconds_predicted"] = _ms(plan.cost)
             say(f"{name} {way}: damage {damage:.4g}")
-        for way in RIVALS:
-            rival = float(found[f"{name}_{way}_damage"])
-            found[f"{name}_gain_vs_{way}"] = 1 - float(found[f"{name}_joint_damage"]) / rival
+            if way != "joint":
+                gain = 1 - float(found[f"{name}_joint_damage"]) / damage
+                found[f"{name}_gain_vs_{way}"] = gain
     return found
 
 
