@@ -179,7 +179,7 @@ def main() -> None:
         n for n in PARTS if n in (options.only or PARTS) and not (options.quick and n == "resnet50")
     ]
     with tempfile.TemporaryDirectory(prefix="planning-") as folder:
-        run = Run(options, Path(folder))
+        run = Run(options, options.resume or Path(folder))
         for name in names:
             started = time.monotonic()
             found |= PARTS[name](run)
@@ -196,7 +196,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smaller; no file is written")
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), metavar="PART")
     parser.add_argument("--networks", nargs="+", choices=tuple(CASES), metavar="NETWORK")
-    parser.add_argument("--resume", type=Path, help="folder of profiles that were interrupted")
+    parser.add_argument(
+        "--resume", type=Path, help="keep profiles and files there, and go on with what is there"
+    )
     parser.add_argument("--threads", type=int, default=THREADS, help="where nothing is timed")
     return parser.parse_args()
 

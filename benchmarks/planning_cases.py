@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import onnx
@@ -53,11 +54,21 @@ class Case:
         )
         return outputs_of(original, self.judged)
 
-    def build(self, plan: Plan, name: str) -> Artifact:
-        """The plan's file: split, quantised, exported; nothing is trained."""
+    def build(self, plan: Plan) -> Artifact:
+        """The plan's file: split, quantised, exported; nothing is trained.
+
+        One that an interrupted run has left in the folder is taken from there.
+        """
+        options = " ".join(str(row.option) for row in plan.rows)
+        path = self.folder / f"{self.name}-{sha256(options.encode()).hexdigest()[:12]}.onnx"
+        note = path.with_suffix(".json")
+        if note.is_file():
+            return Artifact.load(note)
         small = sft.apply(self.model, plan)
         rounded = sft.quantize(small, plan, TARGET, self.shown or self.data.calibration)
-        return sft.export(rounded, plan, self.folder / f"{self.name}-{name}.onnx", TARGET)
+        artifact = sft.export(rounded, plan, path, TARGET)
+        artifact.save(note)
+        return artifact
 
     def damage(self, artifact: Artifact) -> float:
         """Measured divergence of a file from the original's file, in nats a sample."""

@@ -37,7 +37,7 @@ def measure_joint(case: Case, budgets: int) -> Found:
     found: Found = {}
     whole = [_dense(entry) for entry in case.profile.layers]
     eight = case.plan_of(whole, "whole").cost
-    for number, size in enumerate(case.sizes[:budgets]):
+    for size in case.sizes[:budgets]:
         bytes_ = int(size * eight.size)
         least, most = _ends(case, bytes_)
         milliseconds = least + WAY * (most - least)
@@ -56,7 +56,7 @@ def measure_joint(case: Case, budgets: int) -> Found:
             if plan is None:
                 found[f"{name}_{way}"] = "no plan fits"
                 continue
-            artifact = case.build(plan, f"{number}-{way}")
+            artifact = case.build(plan)
             found[f"{name}_{way}_damage"] = damage = case.damage(artifact)
             found[f"{name}_{way}_bytes"] = artifact.file_bytes
             found[f"{name}_{way}_milliseconds_predicted"] = _ms(plan.cost)

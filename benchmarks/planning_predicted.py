@@ -42,7 +42,7 @@ def measure_predictions(case: Case, plans: int) -> Found:
     size_errors = []
     for number in range(plans):
         plan = draw_plan(case, generator)
-        artifact = case.build(plan, f"random-{number}")
+        artifact = case.build(plan)
         damages.append(case.damage(artifact))
         predicted.append(plan.value)
         layers = {entry.layer.name: entry.layer for entry in case.profile.layers}

@@ -17,7 +17,7 @@ from planning_cases import FASHION_JUDGED, RUNTIME, Case
 
 import sft
 from sft.core.progress import say
-from sft.core.records import Artifact, Candidate, LayerProfile, Plan
+from sft.core.records import Candidate, LayerProfile, Plan
 from sft.planning.allocate import pose
 from sft.planning.menus import fastest, gains_no_time, is_low_rank
 from sft.runtimes.runner import benchmark_interleaved
@@ -79,8 +79,8 @@ def _gains(case: Case, plan: Plan, kept: Sequence[LayerProfile]) -> tuple[list[f
     noise = 0.0
     for start in range(0, len(kept), TOGETHER):
         part = kept[start : start + TOGETHER]
-        files = [_file(case, plan, f"whole-{number}") for number in range(SAME)]
-        files += [_file(case, _split(plan, entry), entry.layer.name) for entry in part]
+        files = [case.build(plan) for _ in range(SAME)]
+        files += [case.build(_split(plan, entry)) for entry in part]
         timings = [t.latency_ms_min for t in benchmark_interleaved(files, RUNTIME, 1, rounds=30)]
         whole = min(timings[:SAME])
         noise = max(noise, max(timings[:SAME]) / whole - 1)
@@ -97,7 +97,3 @@ def _fastest_low_rank(entry: LayerProfile) -> Candidate:
     assert found is not None
     assert is_low_rank(found[0])
     return found[0]
-
-
-def _file(case: Case, plan: Plan, name: str) -> Artifact:
-    return case.build(plan, f"thin-{name}")
