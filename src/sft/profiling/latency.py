@@ -75,15 +75,15 @@ class LatencyTable:
         return {c: math.inf if isinstance(f, str) else f for c, f in found.items()}
 
     def measure_files(self, artifacts: Sequence[Artifact]) -> tuple[float, ...]:
-        """Milliseconds of whole files, each known by its sha256.
+        """Milliseconds of whole files, each known by its sha256: the least of their runs, as of cells.
 
         All are timed, in turn, where one is missing, so that drift hits all alike.
         """
-        names = [f"file:{artifact.sha256}" for artifact in artifacts]
+        names = [f"whole:{artifact.sha256}" for artifact in artifacts]
         self._found = {**self._load().get(self.device, {}), **self._found}
         if any(name not in self._found for name in names):
             timings = benchmark_interleaved(artifacts, self.target.runtime, self.threads)
-            self._found |= {n: t.latency_ms for n, t in zip(names, timings, strict=True)}
+            self._found |= {n: t.latency_ms_min for n, t in zip(names, timings, strict=True)}
             self._save()
         return tuple(float(self._found[name]) for name in names)
 
