@@ -32,13 +32,21 @@ def print_rows(rows: list[Row]) -> None:
         print(f"{figure:44} {measured:>12}  {sense and f'wanted {sense} {wanted}  {verdict}'}")
 
 
+def read_rows(benchmark: str) -> dict[str, str]:
+    """What the file of this machine holds, by figure."""
+    path = _path(benchmark, _named())
+    if not path.exists():
+        return {}
+    with path.open(newline="") as stream:
+        return {row[0]: row[1] for row in list(csv.reader(stream))[1:]}
+
+
 def write_rows(benchmark: str, rows: list[Row], figures: Wanted, threads: int) -> Path:
     """Put the rows into `results/<benchmark>-<machine>.csv`; other rows of that file stay."""
-    here = machine()
-    named = f"{here['processor']}, {here['instruction_set']}, {here['logical_cores']} cores"
+    named = _named()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{benchmark}-{re.sub(r'[^A-Za-z0-9]+', '-', named).strip('-').lower()}.csv"
-    versions = " ".join(f"{name}={version}" for name, version in here["versions"].items())
+    path = _path(benchmark, named)
+    versions = " ".join(f"{name}={version}" for name, version in machine()["versions"].items())
     facts = {"machine": named, "threads": str(threads), "versions": versions}
     new = {row[0]: row for row in rows} | {k: (k, v, "", "", "") for k, v in facts.items()}
     old: dict[str, Row] = {}
@@ -51,6 +59,16 @@ def write_rows(benchmark: str, rows: list[Row], figures: Wanted, threads: int) -
         table.writerow(["figure", "measured", "sense", "wanted", "verdict"])
         table.writerows(new.get(name) or old[name] for name in order if name in new or name in old)
     return path
+
+
+def _named() -> str:
+    """This machine, as files and reports call it."""
+    here = machine()
+    return f"{here['processor']}, {here['instruction_set']}, {here['logical_cores']} cores"
+
+
+def _path(benchmark: str, named: str) -> Path:
+    return RESULTS / f"{benchmark}-{re.sub(r'[^A-Za-z0-9]+', '-', named).strip('-').lower()}.csv"
 
 
 def _verdict(measured: float, sense: str, wanted: float) -> str:

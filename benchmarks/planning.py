@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from figures import Found, Wanted, print_rows, rows_of, write_rows
+from figures import Found, Wanted, print_rows, read_rows, rows_of, write_rows
 from planning_cases import CASES, TARGET
 from planning_joint import RIVALS, measure_joint
 from planning_predicted import measure_predictions
@@ -129,12 +129,15 @@ def predicted(run: Run) -> Found:
 
 
 def joint(run: Run) -> Found:
-    """The gains are medians over all budgets and networks."""
+    """The gains are medians over all budgets and networks, those of earlier full runs included."""
     found: Found = {}
     for case in run.cases:
         found |= measure_joint(case, 1 if run.quick else 3)
+    names = {case.name for case in run.cases}
+    stored = {} if run.quick else read_rows("planning")
+    known = {k: v for k, v in stored.items() if k.startswith(tuple(set(CASES) - names))} | found
     for way in RIVALS:
-        gains = [float(v) for k, v in found.items() if k.endswith(f"_gain_vs_{way}")]
+        gains = [float(v) for k, v in known.items() if k.endswith(f"_gain_vs_{way}")]
         if gains:
             found[f"joint_gain_vs_{way}"] = statistics.median(gains)
             found[f"joint_gain_vs_{way}_least"] = min(gains)

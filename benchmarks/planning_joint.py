@@ -43,9 +43,7 @@ def measure_joint(case: Case, budgets: int) -> Found:
         milliseconds = least + WAY * (most - least)
         for way in (0.25, 0.5, WAY):
             gain = _predicted_gain(case, bytes_, least + way * (most - least))
-            found[f"{case.name}_{size:g}_{way:g}_of_the_way_predicted_gain_vs_rank_then_bits"] = (
-                gain
-            )
+            found[f"{case.name}_{size:g}_{way:g}_of_the_way_predicted_over_rank_then_bits"] = gain
         latency = round(milliseconds / _ms(eight), 2)
         budget = sft.Budget(size_bytes=bytes_, latency_ms=milliseconds)
         joint = sft.plan_in_place(case.profile, budget, case.model, case.data)

@@ -25,8 +25,8 @@ STORED = Path(__file__).parent / "results" / "training-headline.json"
 STEPS = ("--steps", "1800", "--integer-steps", "1200", "--integer-learning-rate", "1e-3",
          "--ema", "0.998")  # fmt: skip
 TRIALS = {
-    0.5: (("--size", "0.044", "--macs", "0.33"), ("--size", "0.047", "--macs", "0.33")),
-    0.0: (("--size", "0.08"), ("--size", "0.12")),
+    0.5: (("--size", "0.044", "--macs", "0.33"),),
+    0.0: (("--size", "0.1"),),
 }  # points of drop: budgets to try
 
 
