@@ -75,7 +75,7 @@ class LatencyTable:
         return {c: math.inf if isinstance(f, str) else f for c, f in found.items()}
 
     def measure_files(self, artifacts: Sequence[Artifact]) -> tuple[float, ...]:
-        """Milliseconds of whole files, each known by its sha256: the least of many runs, as of cells.
+        """Milliseconds of whole files, each known by its sha256; the least of many runs.
 
         All are timed, in turn, where one is missing, so that drift hits all alike.
         """
