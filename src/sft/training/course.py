@@ -36,7 +36,7 @@ from sft.surgery.modules import (
 from sft.surgery.quantize import QuantizedModel
 from sft.training.admm import Nearness
 from sft.training.bit_ramp import BitRamp, at_first_bits
-from sft.training.loop import Part, Settings, run_steps
+from sft.training.loop import Part, Settings, arranged, run_steps
 from sft.training.objective import Loss, Objective
 from sft.training.product_decay import ProductDecay
 from sft.training.rank_menus import Menus
@@ -96,7 +96,7 @@ class Course:
         self.teacher: nn.Module | None = None
         if teacher is not None:
             folded = fold_batch_norm(copy_module(teacher).to(self.example.device), self.example)
-            self.teacher = _arrange(folded, torch.channels_last)
+            self.teacher = arranged(folded, torch.channels_last)
         self.on_event, self.left = on_event, recipe.steps
 
     def run(self) -> Trained:
@@ -120,7 +120,7 @@ class Course:
         before = part.distance()
         self._train("pretrain", student, [part], steps)
         say(f"  energy beyond the ranks, at most: {before:.3f} before, {part.distance():.3f} after")
-        return _arrange(student, torch.contiguous_format)
+        return arranged(student, torch.contiguous_format)
 
     def _shrink(self, whole: nn.Module, steps: int) -> nn.Module:
         """The dense network that the shrunk one stands for, its batch norm folded."""
@@ -134,7 +134,7 @@ class Course:
         self._tell("ranks", ranks=shrinking.ranks(), multipliers=shrinking.multipliers.tolist())
         for name, layer in layers.items():
             replace_module(student, name, layer.merge())
-        return fold_batch_norm(_arrange(student, torch.contiguous_format), self.example)
+        return fold_batch_norm(arranged(student, torch.contiguous_format), self.example)
 
     def _widen(self, student: nn.Module) -> dict[str, FactorizedSFT]:
         """Split every layer of the student that can be split at full rank, in place."""
@@ -194,7 +194,7 @@ class Course:
         split = [m for m in small.modules() if isinstance(m, FactorizedSFT)]
         decay = ProductDecay(split, DECAY, self.recipe.product_decay)
         self._train("recover", small, [decay], steps)
-        return _arrange(small, torch.contiguous_format)
+        return arranged(small, torch.contiguous_format)
 
     def _round(self, small: nn.Module, plan: Plan, steps: int) -> Trained:
         target, ramps = self.menus.target, self.recipe.bit_ramp
@@ -205,7 +205,7 @@ class Course:
         part = BitRamp(rounded, plan) if ramps else RoundedTraining(rounded, True, True)
         self._train("integers", rounded, [part], steps)
         rounded.plan = plan
-        return Trained(_arrange(rounded, torch.contiguous_format), plan)
+        return Trained(arranged(rounded, torch.contiguous_format), plan)
 
     def _train(self, phase: str, student: nn.Module, parts: Sequence[Part], steps: int) -> None:
         """One phase, in place; what it does not use of its steps is left for later ones."""
@@ -215,7 +215,7 @@ class Course:
         rate = recipe.integer_learning_rate if phase == "integers" else recipe.learning_rate
         settings = Settings(steps, None, rate, recipe.seed, on_event=self.on_event)
         state = None if self.checkpoint is None else self.checkpoint / f"{phase}.state"
-        _arrange(student, torch.channels_last)
+        arranged(student, torch.channels_last)
         _set_norms(student, training=recipe.scratch)
         objective = Objective(student, self.teacher, self.example.device, loss=self.loss)
         train, _ = self.data.split("train")
@@ -253,11 +253,3 @@ def _set_norms(model: nn.Module, training: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train(training)
-
-
-def _arrange(model: M, order: torch.memory_format) -> M:
-    """Image kernels in this order: channels last trains faster on processors."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=order)
-    return model

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ REPORT_EVERY = 50
 FINE = 1_000_000  # by the clock, the share of the training done is counted in so many parts
 
 Objective = Callable[[Any, float], Tensor]
+M = TypeVar("M", bound=nn.Module)
 
 
 class Part(Protocol):
@@ -201,6 +202,16 @@ class _Run:
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         all_reduce_mean_([value, *(p.grad for p in trained if p.grad is not None)])
         return float(value)
+
+
+def arranged(model: M, order: torch.memory_format) -> M:
+    """The model itself, its image kernels in this order; channels last trains a third faster on
+    processors.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=order)
+    return model
 
 
 def trainable(student: nn.Module) -> list[nn.Parameter]:
