@@ -1,10 +1,11 @@
 """Training by figures: how small, in one stage or two, over processes, and through interruptions.
 
-    python benchmarks/training.py                     everything; two to three hours on 2 cores
+    python benchmarks/training.py                     everything; three hours on 2 cores
     python benchmarks/training.py --quick             10 minutes on 2 cores
     python benchmarks/training.py --only steps kills  these parts
 
-headline     the embedded network within half a point, and without loss (quick: read, not run)
+headline     the embedded network within half a point (quick: read, not run)
+zero_drop    the same without any loss (quick: read, not run)
 end_to_end   `sft.train` beside two stages, and its ablations, on a reduced task
 full_task    both ways once on the embedded network and all its data (quick: left out)
 depthwise    the depthwise network in 4 bits after training with rounding in place
@@ -30,13 +31,14 @@ from quantization_accuracy import measure_depthwise
 from quantization_files import Settings
 from training_distributed import measure_distributed
 from training_end_to_end import measure_end_to_end, measure_full_task
-from training_headline import measure_headline, read_headline
+from training_headline import measure_headline, measure_zero_drop, read_headline
 from training_kills import measure_kills
 from training_steps import measure_steps
 
 from sft.core.progress import say, show
 
 KILLS, QUICK_KILLS, QAT_STEPS = 20, 4, 240
+LEFT_OUT = ("zero_drop", "full_task")  # of a quick run
 WANTED: Wanted = {
     "size_ratio": (">=", 20.0),
     "onnx_ratio": (">=", 12.0),
@@ -62,6 +64,10 @@ PRINTED = (
 
 def headline(quick: bool, folder: Path) -> Found:
     return read_headline() if quick else measure_headline(folder)
+
+
+def zero_drop(_: bool, folder: Path) -> Found:
+    return measure_zero_drop(folder)
 
 
 def end_to_end(quick: bool, _: Path) -> Found:
@@ -91,6 +97,7 @@ def kills(quick: bool, _: Path) -> Found:
 
 PARTS: dict[str, Callable[[bool, Path], Found]] = {
     "headline": headline,
+    "zero_drop": zero_drop,
     "end_to_end": end_to_end,
     "full_task": full_task,
     "depthwise": depthwise,
@@ -108,7 +115,7 @@ def main() -> None:
     names = [n for n in PARTS if n in (options.only or PARTS)]
     with tempfile.TemporaryDirectory(prefix="training-") as folder:
         for name in names:
-            if options.quick and name == "full_task":
+            if options.quick and name in LEFT_OUT:
                 continue
             started = time.monotonic()
             found |= PARTS[name](options.quick, options.out or Path(folder))
