@@ -114,9 +114,11 @@ def profile(run: Run) -> Found:
 
 
 def predicted(run: Run) -> Found:
+    """The worst of both networks, the figures of earlier full runs included."""
     found: Found = {}
     for case in run.cases:
         found |= measure_predictions(case, run.plans)
+    known = _known(run, found)
     for figure, worst in (
         ("latency_error_median", max),
         ("latency_error_worst", max),
@@ -124,7 +126,8 @@ def predicted(run: Run) -> Found:
         ("plans_with_wrong_bytes", sum),
         ("plans_with_wrong_macs", sum),
     ):
-        found[figure] = worst(float(found[f"{case.name}_{figure}"]) for case in run.cases)
+        own = (known.get(f"{name}_{figure}") for name in CASES)
+        found[figure] = worst(float(value) for value in own if value is not None)
     return found
 
 
@@ -133,15 +136,20 @@ def joint(run: Run) -> Found:
     found: Found = {}
     for case in run.cases:
         found |= measure_joint(case, 1 if run.quick else 3)
-    names = {case.name for case in run.cases}
-    stored = {} if run.quick else read_rows("planning")
-    known = {k: v for k, v in stored.items() if k.startswith(tuple(set(CASES) - names))} | found
+    known = _known(run, found)
     for way in RIVALS:
         gains = [float(v) for k, v in known.items() if k.endswith(f"_gain_vs_{way}")]
         if gains:
             found[f"joint_gain_vs_{way}"] = statistics.median(gains)
             found[f"joint_gain_vs_{way}_least"] = min(gains)
     return found
+
+
+def _known(run: Run, found: Found) -> Found:
+    """What was found, and what the file of this machine holds of the networks that did not run."""
+    others = set(CASES) - {case.name for case in run.cases}
+    stored = {} if run.quick else read_rows("planning")
+    return {k: v for k, v in stored.items() if k.startswith(tuple(others))} | found
 
 
 def thin(run: Run) -> Found:
