@@ -55,9 +55,9 @@ def measure_end_to_end(quick: bool) -> dict[str, float | int | str]:
         save_profile(measured, folder / "profile")
         original = sft.export(model, None, folder / "original.onnx", example=data.example())
         found: dict[str, float | int | str] = {
-            "steps": steps,
-            "images": 6000,
-            "original_accuracy": score(original.path, data),
+            "end_to_end_steps": steps,
+            "end_to_end_images": 6000,
+            "end_to_end_original_accuracy": score(original.path, data),
         }
         jobs = [
             {"way": way, "budget": budget, "seed": seed, "steps": steps}
