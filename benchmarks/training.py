@@ -131,7 +131,11 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller; no file is written")
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), metavar="PART")
-    parser.add_argument("--out", type=Path, help="keep the files of the headline there")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="keep the files of headline and zero_drop there, and read those that are there",
+    )
     parser.add_argument("--threads", type=int, default=2, help="where nothing is timed")
     return parser.parse_args()
 

@@ -32,6 +32,7 @@ RUNGS = {
     "job": 7,
     "outcome": 7,
     "workspace": 7,
+    "arguments": 8,
     "commands": 8,
     "cli": 8,
 }

@@ -312,6 +312,61 @@ def test_every_mistake_gives_a_paragraph_and_an_exit_code(
     assert not list(Path().glob("out/*.json"))
 
 
+PLANNED = ["no_such_module:net", "--plan", "none.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["apply", *PLANNED, "-o", "here"], "'here' is a folder"),
+        (["finetune", *PLANNED, "-o", "here/"], "'here' is a folder"),
+        (["finetune", *PLANNED, "-o", "t", "--log", "none/x"], "'none/x' cannot be written"),
+        (["compress", "no_such_module:net", "--log", "none/x"], "'none/x' cannot be written"),
+        (["export", *PLANNED, "-o", "here"], "'here' is a folder"),
+        (["export", *PLANNED, "-o", "noted"], "'noted.json' is a folder"),
+        (["plan", "none", "-o", "here"], "'here' is a folder"),
+        (["plan", "none", "--front", "here"], "'here' is a folder"),
+        (["report", "none.json", "-o", "here"], "'here' is a folder"),
+        (["profile", "no_such_module:net", "-o", "file"], "'file' cannot be written"),
+        (["compress", "no_such_module:net", "-o", "file"], "'file' cannot be written"),
+        (["train", "no_such_module:net", "-o", "file/a"], "'file/a' cannot be written"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch, capsys, arguments, words
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("here", "noted.json"):
+        Path(folder).mkdir()
+    Path("file").write_text("")
+    code, out, err = call(capsys, *arguments)
+    assert code == 2
+    assert words in err
+    assert out == ""
+    assert {p.name for p in Path().iterdir()} == {"here", "noted.json", "file"}
+
+
+def test_outputs_in_new_folders_and_leftovers_of_a_killed_run(project, capsys) -> None:
+    net = model(project)
+    Path("p").mkdir()
+    Path("p/.statistics.safetensors.abcd1234").write_text("half of")
+    assert call(capsys, "profile", *net, "-o", "p", "--no-latency")[0] == 0
+    assert {p.name for p in Path("p").iterdir()} == {"profile.json", "statistics.safetensors"}
+    assert call(capsys, "plan", "p", "-o", "a/plan.json", "--front", "b/front.json")[0] == 0
+    assert Path("b/front.json").is_file()
+    planned = ["--plan", "a/plan.json", "--profile", "p"]
+    assert call(capsys, "apply", *net, *planned, "-o", "c/a.safetensors")[0] == 0
+    Path("d").mkdir()
+    for left in (".t.safetensors.abcd1234", "..t.safetensors.state.abcd1234", ".t.safetensors.my"):
+        Path("d", left).write_text("half of")
+    tuned = ["--steps", "1", "-o", "d/t.safetensors", "--log", "d/log.jsonl"]
+    assert call(capsys, "finetune", *net, *planned, *tuned)[0] == 0
+    assert {p.name for p in Path("d").iterdir()} == {
+        "t.safetensors", "log.jsonl", ".t.safetensors.my",
+    }  # fmt: skip
+
+
 def test_a_users_score_is_called(project, capsys) -> None:
     code, out, _ = call(
         capsys, "compress", *model(project), "--size", "0.9", "--steps", "0",

@@ -26,19 +26,35 @@ def test_without_a_limit_nothing_is_measured(profiled, net, data, monkeypatch) -
 
 
 def test_the_plan_of_least_damage_in_place_is_given(profiled, net, data, monkeypatch) -> None:
-    seen: list[tuple[float, Plan]] = []
+    seen: list[tuple[Remeasured, Plan]] = []
 
     def watched(profile: Profile, plan: Plan, *more: object, **named: object) -> Remeasured:
         found = remeasure(profile, plan, net, data, **named)
-        seen.append((found.damage, plan))
+        seen.append((found, plan))
         return found
 
     monkeypatch.setattr(room, "remeasure", watched)
     chosen = plan_in_place(profiled, TIGHT, net, data)
     assert len({tuple(options(plan)) for _, plan in seen}) == len(seen)
-    assert chosen == min(seen, key=lambda pair: pair[0])[1]
+    measured, best = min(seen, key=lambda pair: pair[0].damage)
+    assert options(chosen) == options(best)
+    assert chosen.cost == best.cost
+    says_what_was_measured(chosen, measured)
+    assert chosen.value != best.value
     assert seen[0][1] == make_plan(profiled, TIGHT)
     assert chosen.cost.size <= 0.2 * profiled.size
+
+
+def says_what_was_measured(chosen: Plan, measured: Remeasured) -> None:
+    """Damages, reasons and bound are those of the menus that were corrected with the plan."""
+    for row, entry in zip(chosen.rows, measured.profile.layers, strict=True):
+        (candidate,) = [c for c in entry.candidates if c.option == row.option]
+        assert row.predicted_damage == candidate.damage
+        assert f"damage {candidate.damage:.2g}" in row.reason
+    assert chosen.value == pytest.approx(sum(row.predicted_damage for row in chosen.rows))
+    assert chosen.bound == pytest.approx(make_plan(measured.profile, TIGHT).value, rel=1e-7)
+    assert chosen.gap == pytest.approx((chosen.value - chosen.bound) / chosen.value)
+    assert chosen.status == ("optimal" if chosen.gap <= 1e-7 else "feasible")
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])
@@ -47,6 +63,7 @@ def test_the_best_round_wins_and_a_plan_seen_before_ends_it(
 ) -> None:
     """Each round makes the layer that is 2 bits now dear, so that another one is chosen."""
     asked: list[Plan] = []
+    measured: list[Remeasured] = []
 
     def made(profile: Profile, plan: Plan, *_: object, **__: object) -> Remeasured:
         asked.append(plan)
@@ -63,12 +80,15 @@ def test_the_best_round_wins_and_a_plan_seen_before_ends_it(
             for entry in profile.layers
         )
         damage = 0.5 if len(asked) - 1 == best else 1.0
-        return Remeasured(dataclasses.replace(profile, layers=layers), damage)
+        measured.append(Remeasured(dataclasses.replace(profile, layers=layers), damage))
+        return measured[-1]
 
     monkeypatch.setattr(room, "remeasure", made)
     chosen = plan_in_place(profiled, TIGHT, net, data, rounds=2)
     assert len(asked) == 3
-    assert chosen == asked[best]
+    assert options(chosen) == options(asked[best])
+    says_what_was_measured(chosen, measured[best])
+    assert chosen.status == "feasible"
     asked.clear()
     plan_in_place(profiled, TIGHT, net, data, rounds=0)
     assert len(asked) == 1

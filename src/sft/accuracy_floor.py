@@ -5,17 +5,19 @@ the validation split.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from sft.core.budget import Budget
-from sft.core.errors import BudgetError
+from sft.core.errors import BudgetError, InputError
 from sft.core.progress import say
 from sft.core.records import Plan, Profile
 
 T = TypeVar("T")
 
 TRIALS = 4
+STEPS = 2 * TRIALS  # with those that lead to a plan that was tried before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,66 +56,111 @@ def search(
 
     With limits on a cost and nothing to minimise there is one trial: the plan of least
     damage within the limits. Otherwise (only `max_drop`, or `minimize=`) the minimised cost is
-    bisected, in `TRIALS` trials, down to the smallest whose score keeps the floor. Raises
-    `BudgetError` if no plan fits, or if none of the trials keeps the floor.
+    bisected, in `TRIALS` trials, from what the budget allows of it down to the smallest whose score
+    keeps the floor. A plan that comes up again is no new trial. Raises `BudgetError` if no plan
+    fits, or if none of the trials keeps the floor, and `InputError` for a score that is not a
+    number where there is a floor.
     """
     limited = budget.limits(profile.original)
-    if budget.max_drop is None or (limited and budget.minimize is None):
+    if budget.max_drop is None:
         trial = attempt(make_plan(budget))
-        kept = None if budget.max_drop is None else trial.score >= _floor(budget, score_before)
+        return dataclasses.replace(trial, log=(Evaluation(None, None, trial.score, None),))
+    floor = _number(score_before, "of the original") - budget.max_drop - 1e-9
+    if limited and budget.minimize is None:
+        trial = attempt(make_plan(budget))
+        kept = _number(trial.score, "of the compressed network") >= floor
         return dataclasses.replace(trial, log=(Evaluation(None, None, trial.score, kept),))
-    return _bisect(budget, score_before, attempt, make_plan, budget.minimize or "size", limited)
+    found = _Bisection(profile, budget, floor, attempt, make_plan).run()
+    if found.best is None:
+        raise _none_kept(found, score_before)
+    return dataclasses.replace(found.best, log=tuple(found.log))
 
 
-def _floor(budget: Budget, score_before: float) -> float:
-    assert budget.max_drop is not None
-    return score_before - budget.max_drop - 1e-9
+def _number(score: float, whose: str) -> float:
+    if math.isnan(score):
+        raise InputError(
+            f"The validation score {whose} is nan, so it cannot be held against max_drop. Give an "
+            f"evaluate that returns a number for this network."
+        )
+    return score
+
+
+class _Bisection(Generic[T]):
+    """The minimised cost is bisected between nothing and the most that the budget allows of it."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        budget: Budget,
+        floor: float,
+        attempt: Callable[[Plan], Trial[T]],
+        make_plan: Callable[[Budget], Plan],
+    ) -> None:
+        self.budget, self.floor, self.attempt, self.make_plan = budget, floor, attempt, make_plan
+        self.cost = budget.minimize or "size"
+        self.limited = bool(budget.limits(profile.original))
+        self.low, self.high = 0.0, _most(budget, self.cost, profile)
+        self.best: Trial[T] | None = None
+        self.done: dict[tuple[str, ...], Trial[T]] = {}
+        self.log: list[Evaluation] = []
+
+    def run(self) -> Self:
+        """All trials; with a limit of the user's own the first is of that budget as it stands."""
+        if self.limited:
+            self._try(self.high, self.make_plan(self.budget))
+        while self.low < self.high and self._used() < TRIALS and len(self.log) < STEPS:
+            fraction = (self.low + self.high) / 2
+            try:
+                plan = self.make_plan(_limited(self.budget, self.cost, fraction))
+            except BudgetError:
+                say(f"  {self.cost} {fraction:.3f}: no plan fits")
+                self.log.append(Evaluation(self.cost, fraction, None, None))
+                self.low = fraction
+                continue
+            self._try(fraction, plan)
+        return self
+
+    def _used(self) -> int:
+        return len(self.done) + sum(step.score is None for step in self.log)
+
+    def _try(self, fraction: float, plan: Plan) -> None:
+        key = tuple(str(row.option) for row in plan.rows)
+        if key not in self.done:
+            say(f"trial {self._used() + 1} of {TRIALS}: {self.cost} at most {fraction:.3f}")
+            self.done[key] = self.attempt(plan)
+        trial = self.done[key]
+        kept = _number(trial.score, "of a compressed network") >= self.floor
+        say(f"  {self.cost} {fraction:.3f}: score {trial.score:.4f}, floor {self.floor:.4f}")
+        self.log.append(Evaluation(self.cost, fraction, trial.score, kept))
+        if kept:
+            self.best, self.high = trial, fraction
+        else:
+            self.low = fraction
 
 
 def _limited(budget: Budget, cost: str, fraction: float) -> Budget:
     return dataclasses.replace(budget, **{cost: fraction})  # type: ignore[arg-type]
 
 
-def _bisect(
-    budget: Budget,
-    score_before: float,
-    attempt: Callable[[Plan], Trial[T]],
-    make_plan: Callable[[Budget], Plan],
-    cost: str,
-    limited: dict[str, float],
-) -> Trial[T]:
-    floor = _floor(budget, score_before)
-    low, high = 0.0, getattr(budget, cost) or 1.0
-    best: Trial[T] | None = None
-    done: dict[tuple[str, ...], Trial[T]] = {}
-    log: list[Evaluation] = []
-    closest = float("-inf")
-    for number in range(TRIALS):
-        fraction = high if number == 0 and limited else (low + high) / 2
-        try:
-            plan = make_plan(_limited(budget, cost, fraction))
-        except BudgetError:
-            if number == TRIALS - 1 and best is None and closest == float("-inf"):
-                raise
-            say(f"  {cost} {fraction:.3f}: no plan fits")
-            log.append(Evaluation(cost, fraction, None, None))
-            low = fraction
-            continue
-        key = tuple(str(row.option) for row in plan.rows)
-        if key not in done:
-            say(f"trial {number + 1} of {TRIALS}: {cost} at most {fraction:.3f}")
-            done[key] = attempt(plan)
-        trial = done[key]
-        closest = max(closest, trial.score)
-        say(f"  {cost} {fraction:.3f}: score {trial.score:.4f}, floor {floor:.4f}")
-        log.append(Evaluation(cost, fraction, trial.score, trial.score >= floor))
-        if trial.score >= floor:
-            best, high = trial, fraction
-        else:
-            low = fraction
-    if best is None:
-        raise BudgetError(
-            f"No trial kept the score within {budget.max_drop} of {score_before:.4f}; the best "
-            f"reached {closest:.4f}. Allow a larger max_drop, or train longer."
+def _most(budget: Budget, cost: str, profile: Profile) -> float:
+    """The fraction of the original's cost that the budget allows; its own number where it says one.
+
+    Raises `InputError` for a cost that was not measured.
+    """
+    asked: float = getattr(budget, cost) or 1.0
+    whole: float = getattr(profile.original, cost) or math.nan
+    return min(asked, _limited(budget, cost, asked).limits(profile.original)[cost] / whole)
+
+
+def _none_kept(found: _Bisection[T], score_before: float) -> BudgetError:
+    budget, tried = found.budget, [step.fraction for step in found.log if step.fraction]
+    if not found.done:
+        return BudgetError(
+            f"No plan takes at most {max(tried):.4g} of the original's {found.cost}, the most that "
+            f"was tried. Fix fewer layers, or minimize another cost."
         )
-    return dataclasses.replace(best, log=tuple(log))
+    closest = max(trial.score for trial in found.done.values())
+    return BudgetError(
+        f"No trial kept the score within {budget.max_drop} of {score_before:.4f}; the best "
+        f"reached {closest:.4f}. Allow a larger max_drop, or train longer."
+    )

@@ -6,17 +6,31 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.arguments import (
+    artifact_at,
+    budget_of,
+    check_output,
+    check_output_of_first,
+    course_of,
+    data_of,
+    events_of,
+    log_of_states,
+    measuring_of,
+    model_of,
+    note_of,
+    overrides_of,
+    plan_of,
+    score_of,
+    training_of,
+    with_folder,
+)
 from sft.core.errors import InputError, VerificationError
-from sft.core.progress import say
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sft.core.budget import Budget
-    from sft.core.data import Data, Evaluate
-    from sft.core.events import Events
-    from sft.core.records import Artifact, Option, Plan, Record
-    from sft.job import Training
+    from sft.core.records import Record
 
 DEMO_OUT = "out/demo"
 
@@ -32,14 +46,14 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def compress(options: argparse.Namespace) -> int:
-    return _compress(options, _budget(options))
+    return _compress(options, budget_of(options))
 
 
 def inspect(options: argparse.Namespace) -> int:
     from sft.models.inspect import inspect
     from sft.reporting.table import format_table
 
-    model, data = _model(options), _data(options)
+    model, data = model_of(options), data_of(options)
     found = inspect(model, data.example(), options.model)
     rows = [
         [x.name, x.kind, list(x.weight_shape), list(x.output_shape), x.params, x.macs]
@@ -53,13 +67,15 @@ def inspect(options: argparse.Namespace) -> int:
 def profile(options: argparse.Namespace) -> int:
     from sft.core.distributed import rank
     from sft.measure import profile
-    from sft.profiling.store import save_profile
+    from sft.profiling.store import PROFILE_FILE, STATISTICS_FILE, save_profile
 
+    for name in (PROFILE_FILE, STATISTICS_FILE):
+        check_output_of_first(Path(options.out) / name)
     measured = profile(
-        _model(options), _data(options), options.target, name=options.model,
+        model_of(options), data_of(options), options.target, name=options.model,
         latency=not options.no_latency, threads=options.threads, resume=options.resume,
         data_free=options.data_free, loss_aware=options.loss_aware, seed=options.seed,
-        **_measuring(options),
+        **measuring_of(options),
     )  # fmt: skip
     if rank() == 0:
         save_profile(measured, options.out)
@@ -72,12 +88,16 @@ def plan(options: argparse.Namespace) -> int:
     from sft.planning.front import front
     from sft.profiling.store import load_profile
 
-    measured, fixed = load_profile(options.profile), _overrides(options)
-    chosen = plan(measured, _budget(options), options.keep, fixed, options.method)
+    for path in (options.out, options.front):
+        if path:
+            check_output(path)
+    measured, fixed = load_profile(options.profile), overrides_of(options)
+    chosen = plan(measured, budget_of(options), options.keep, fixed, options.method)
     if options.front:
-        front(measured, options.front_cost, keep=options.keep, overrides=fixed).save(options.front)
+        found = front(measured, options.front_cost, keep=options.keep, overrides=fixed)
+        found.save(with_folder(options.front))
     if options.out:
-        chosen.save(options.out)
+        chosen.save(with_folder(options.out))
     return _print(options, str(chosen), chosen)
 
 
@@ -85,33 +105,36 @@ def apply(options: argparse.Namespace) -> int:
     from sft.core.files import write_bytes
     from sft.surgery.apply import apply
 
-    small = apply(_model(options), _plan(options))
-    write_bytes(Path(options.out), _weights(small))
+    check_output(options.out)
+    small = apply(model_of(options), plan_of(options))
+    write_bytes(with_folder(options.out), _weights(small))
     return _say(options, {"written": options.out})
 
 
 def finetune(options: argparse.Namespace) -> int:
     from sft.core.distributed import rank
-    from sft.core.files import check_writable, write_bytes
+    from sft.core.files import write_bytes
     from sft.surgery.apply import apply
     from sft.training.finetune import finetune
 
-    model, training = _model(options), _training(options)
     out = Path(options.out)
-    check_writable(out.parent)
     state = out.with_name(f".{out.name}.state")
-    data = _data(options)
+    for path in (out, state):
+        check_output_of_first(path)
+    told = events_of(options)
+    model, training, data = model_of(options), training_of(options), data_of(options)
+    if rank() == 0:
+        with_folder(options.out)
     held_out = None if training.patience is None else data.split("validation")[0]
     tuned = finetune(
-        apply(model, _plan(options)), data.split("train")[0], model,
+        apply(model, plan_of(options)), data.split("train")[0], model,
         steps=training.steps, minutes=training.minutes, learning_rate=training.learning_rate,
         ema=training.ema, seed=options.seed, checkpoint=state, save_every=training.save_every,
-        validation=held_out, patience=training.patience or 1, on_event=_events(options),
+        validation=held_out, patience=training.patience or 1, on_event=told,
     )  # fmt: skip
     if rank() == 0:
         write_bytes(out, _weights(tuned))
-        for left in (state, *out.parent.glob(f".{state.name}.*")):  # half-written ones too
-            left.unlink(missing_ok=True)
+        state.unlink(missing_ok=True)
     return _say(options, {"written": options.out})
 
 
@@ -120,35 +143,28 @@ def train(options: argparse.Namespace) -> int:
     import shutil
 
     from sft.core.distributed import rank
-    from sft.core.events import JsonLines
-    from sft.core.files import check_writable, publish
     from sft.exporters import export, save_packed
     from sft.training.end_to_end import train
+    from sft.workspace import Workspace
 
-    out = Path(options.out)
-    state, staged = out / ".sft-train", out / ".sft-train" / "staged"
-    check_writable(out)
-    staged.mkdir(parents=True, exist_ok=True)
-    named = ("steps", "learning_rate", "integer_learning_rate", "rank_multiple", "pretraining")
-    given = {n: getattr(options, n) for n in named if getattr(options, n) is not None}
-    given |= {n.replace("-", "_"): False for n in options.without}
-    given |= {"bit_ramp": options.bit_ramp}
+    check_output_of_first(options.out, folder=True)
+    model, data, budget = model_of(options), data_of(options), budget_of(options)
+    work = Workspace(Path(options.out), None, ".sft-train", ".sft-trained")
+    log = log_of_states(work.root)
     trained = train(
-        _model(options), _data(options), _budget(options), target=options.target,
-        weight_bits=options.weight_bits, scheme=options.schemes, keep=options.keep,
-        scratch=options.scratch, seed=options.seed, name=options.model, checkpoint=state,
-        on_event=JsonLines(staged / "events.jsonl"), **given,
+        model, data, budget, target=options.target, weight_bits=options.weight_bits,
+        scheme=options.schemes, keep=options.keep, scratch=options.scratch, seed=options.seed,
+        name=options.model, checkpoint=work.root, on_event=log, **course_of(options),
     )  # fmt: skip
     if rank() == 0:
-        trained.plan.save(staged / "plan.json")
-        artifact = export(trained.model, trained.plan, staged / "model.onnx")
-        artifact = dataclasses.replace(artifact, path=str(out / "model.onnx"))
-        artifact.save(_note(str(staged / "model.onnx")))
-        save_packed(trained.model, staged / "model.safetensors")
-        publish(staged, out)
-        done = state.rename(out / ".sft-trained")  # in one step: no half of a state is taken up
-        shutil.rmtree(done)
-    return _print(options, f"{trained.plan}\nwritten to {out}", trained.plan)
+        trained.plan.save(work.staged / "plan.json")
+        artifact = export(trained.model, trained.plan, work.staged / "model.onnx")
+        artifact = dataclasses.replace(artifact, path=str(work.out / "model.onnx"))
+        artifact.save(note_of(str(work.staged / "model.onnx")))
+        save_packed(trained.model, work.staged / "model.safetensors")
+        shutil.copyfile(log.path, work.staged / log.path.name)
+        work.deliver()
+    return _print(options, f"{trained.plan}\nwritten to {work.out}", trained.plan)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -156,21 +172,24 @@ def export(options: argparse.Namespace) -> int:
     from sft.models.load import load_weights
     from sft.surgery.apply import apply
 
-    chosen = _plan(options)
-    small = apply(_model(options), chosen)
+    for path in (options.out, note_of(options.out)):
+        check_output(path)
+    chosen = plan_of(options)
+    small = apply(model_of(options), chosen)
     if options.tuned:
         load_weights(small, Path(options.tuned))
-    artifact = export(small, chosen, options.out, calibration=_data(options).calibration)
-    artifact.save(_note(options.out))
+    calibration = data_of(options).calibration
+    artifact = export(small, chosen, with_folder(options.out), calibration=calibration)
+    artifact.save(note_of(options.out))
     return _print(options, f"{artifact.path}: {artifact.file_bytes:,} bytes", artifact)
 
 
 def verify(options: argparse.Namespace) -> int:
     from sft.verification.parity import verify
 
-    evaluate = _evaluate(options)
-    artifact = _artifact(options.file, options.target)
-    check = verify(artifact, _model(options), _data(options), evaluate, threads=options.threads)
+    evaluate = score_of(options)
+    artifact = artifact_at(options.file, options.target)
+    check = verify(artifact, model_of(options), data_of(options), evaluate, threads=options.threads)
     _print(options, str(check), check)
     return 0 if check.passed else VerificationError.exit_code
 
@@ -180,7 +199,7 @@ def benchmark(options: argparse.Namespace) -> int:
     from sft.runtimes.runner import benchmark_interleaved
     from sft.runtimes.targets import find_target
 
-    artifacts = [_artifact(f, options.target) for f in options.files]
+    artifacts = [artifact_at(f, options.target) for f in options.files]
     timings = benchmark_interleaved(artifacts, find_target(options.target).runtime, options.threads)
     if options.json:
         print(json.dumps([t.to_dict() for t in timings], indent=1))
@@ -197,11 +216,12 @@ def report(options: argparse.Namespace) -> int:
     from sft.core.files import read_text
     from sft.reporting.html import report
 
+    check_output(options.out)
     try:
         result = json.loads(read_text(Path(options.result)))
     except ValueError as error:
         raise InputError(f"'{options.result}' is not JSON: {error}.") from None
-    report(options.out, result)
+    report(with_folder(options.out), result)
     return _say(options, {"written": options.out})
 
 
@@ -223,137 +243,17 @@ def list_known(options: argparse.Namespace) -> int:
 def _compress(options: argparse.Namespace, budget: "Budget") -> int:
     from sft.pipeline import compress
 
+    check_output_of_first(options.out, folder=True)
+    told = events_of(options)
     result = compress(
-        _model(options), _data(options), budget, evaluate=_evaluate(options),
-        target=options.target, out=options.out, keep=options.keep, overrides=_overrides(options),
-        training=_training(options), on_event=_events(options),
+        model_of(options), data_of(options), budget, evaluate=score_of(options),
+        target=options.target, out=options.out, keep=options.keep, overrides=overrides_of(options),
+        training=training_of(options), on_event=told,
         name=options.model, seed=options.seed, threads=options.threads,
     )  # fmt: skip
     print(json.dumps(result.data, indent=1) if options.json else result.summary)
     result.raise_if_failed()
     return 0
-
-
-def _model(options: argparse.Namespace) -> "nn.Module":
-    from sft.core.distributed import broadcast_
-    from sft.models.load import load_model
-
-    model = load_model(options.model, options.weights)
-    broadcast_([*model.parameters(), *model.buffers()])
-    try:
-        return model.to(options.device)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"The device '{options.device}' cannot be used: {reason}") from None
-
-
-def _data(options: argparse.Namespace) -> "Data":
-    from sft.core.shards import shared_out
-    from sft.models.data import load_data
-
-    if options.data is None:
-        if options.model != "fashion-resnet":
-            raise InputError(
-                "Give --data: fashion-mnist, imagefolder:DIR, npz:FILE or module:factory."
-            )
-        options.data = "fashion-mnist"
-    return shared_out(load_data(options.data, options.model))
-
-
-def _evaluate(options: argparse.Namespace) -> "Evaluate | None":
-    from sft.core.data import top1
-    from sft.models.imports import load_attribute
-
-    if options.evaluate in (None, "agreement"):
-        return None
-    if options.evaluate == "top1":
-        return top1
-    found: Evaluate = load_attribute(options.evaluate)
-    return found
-
-
-def _budget(options: argparse.Namespace) -> "Budget":
-    from sft.core.budget import Budget
-
-    names = [f.name for f in dataclasses.fields(Budget)]
-    return Budget(
-        **{n: getattr(options, n) for n in names if getattr(options, n, None) is not None}
-    )
-
-
-def _overrides(options: argparse.Namespace) -> "dict[str, Option]":
-    """Options set by hand: LAYER=SCHEME[:RANK[,RANK]][@BITS], 8 bits if none are given."""
-    from sft.core.records import Option
-
-    found = {}
-    for text in options.option:
-        layer, equals, said = text.rpartition("=")
-        whole, at, bits = said.partition("@")
-        scheme, _, ranks = whole.partition(":")
-        try:
-            if not (layer and equals and scheme):
-                raise ValueError("a part is missing")
-            width = None if bits == "float" else int(bits) if at else 8
-            rank = tuple(int(side) for side in ranks.split(",")) if ranks else ()
-            found[layer] = Option(scheme, rank, width)
-        except ValueError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise InputError(
-                f"--option {text}: LAYER=SCHEME:RANK@BITS is wanted, for example "
-                f"'layer1.*=channel_in:16@8', 'fc=dense@4' or 'stem=keep' ({reason})."
-            ) from None
-    return found
-
-
-def _measuring(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `profile` that were given; the others keep its own defaults."""
-    names = ("schemes", "weight_bits", "rank_multiple", "anchor_samples", "anchor_error")
-    given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
-    return given | ({"weight_bits": None} if options.in_float else {})
-
-
-def _training(options: argparse.Namespace) -> "Training":
-    from sft.job import Training
-
-    names = [f.name for f in dataclasses.fields(Training)]
-    given = {n: getattr(options, n) for n in names if getattr(options, n, None) is not None}
-    return Training(**given)
-
-
-def _events(options: argparse.Namespace) -> "Events | None":
-    from sft.core.events import JsonLines
-
-    return JsonLines(options.log) if options.log else None
-
-
-def _plan(options: argparse.Namespace) -> "Plan":
-    from sft.core.records import Plan
-    from sft.core.statistics import load_statistics
-    from sft.profiling.store import STATISTICS_FILE
-
-    chosen = Plan.load(options.plan)
-    folder = Path(options.profile) if options.profile else Path(options.plan).parent / "profile"
-    if options.profile or folder.is_dir():
-        statistics = load_statistics(folder / STATISTICS_FILE)
-        return dataclasses.replace(chosen, statistics=statistics)
-    say(f"no profile beside '{options.plan}' and no --profile: factors by plain SVD")
-    return chosen
-
-
-def _artifact(path: str, target: str) -> "Artifact":
-    """The record of an exported file: the note beside it, or made from the file itself."""
-    from sft.core.files import sha256
-    from sft.core.records import Artifact
-    from sft.runtimes.targets import find_target
-
-    if _note(path).is_file():
-        return dataclasses.replace(Artifact.load(_note(path)), path=path)
-    digest = sha256(Path(path))
-    return Artifact(path, find_target(target).name, Path(path).stat().st_size, digest, (), False)
-
-
-def _note(path: str) -> Path:
-    return Path(f"{path}.json")
 
 
 def _weights(model: "nn.Module") -> bytes:

@@ -9,6 +9,7 @@ from sft.core.data import Data
 from sft.core.progress import say
 from sft.core.records import Option, Plan, Profile
 from sft.planning.allocate import plan as make_plan
+from sft.planning.allocate import restate
 from sft.profiling.remeasure import remeasure
 
 ROUNDS = 2
@@ -29,8 +30,8 @@ def plan_in_place(
 
     Each round puts the chosen network in place, corrects the damages of the menus by what every
     layer does there (`remeasure`) and plans again; it ends early when nothing changes. The plan's
-    `predicted_damage` and `value` come from the corrected menus. Without a limit there is nothing
-    to choose, and nothing is measured. Raises what `plan` raises.
+    damages, reasons and bound come from the menus as they were corrected with that plan in place.
+    Without a limit there is nothing to choose, and nothing is measured. Raises what `plan` raises.
     """
     found = make_plan(profile, budget, keep, overrides)
     if not budget.limits(profile.original):
@@ -45,8 +46,10 @@ def plan_in_place(
         measured = remeasure(profile, found, model, data, seed=seed)
         predicted = f"damage {found.value:.4g} predicted, {measured.damage:.4g} in place"
         say(f"  plan {number + 1}: {predicted}")
-        if measured.damage < least:
-            best, least = found, measured.damage
         profile = measured.profile
-        found = make_plan(profile, budget, keep, overrides)
+        following = make_plan(profile, budget, keep, overrides)
+        if measured.damage < least:
+            best = restate(found, profile, budget, keep, overrides, following.bound)
+            least = measured.damage
+        found = following
     return best

@@ -27,28 +27,40 @@ HIDDEN, DONE = ".sft-work", ".sft-done"
 class Workspace:
     """The hidden folder of a run inside its output folder.
 
-    It belongs to one request (`settings`); another request finds it empty. What is to be delivered
-    is made in `staged` and moved out in `deliver`, all at once; until then the output folder keeps
-    what it had. Of several processes the first one reads and writes; all get what it has.
+    It belongs to one request (`settings`); another request finds it empty. Without settings it
+    keeps what is in it for every request, where the parts say themselves what they are of. What is
+    to be delivered is made in `staged` and moved out in `deliver`, all at once; until then the
+    output folder keeps what it had. Of several processes the first one reads and writes; all get
+    what it has.
+
+    hidden, done : names of the folder, and of what is left of it while it is deleted.
     """
 
-    def __init__(self, out: Path, settings: str) -> None:
-        self.out, self.root = out, out / HIDDEN
+    def __init__(
+        self, out: Path, settings: str | None, hidden: str = HIDDEN, done: str = DONE
+    ) -> None:
+        self.out, self.root, self.done = out, out / hidden, out / done
         self.staged = self.root / "staged"
         from_first(lambda: self._open(settings))
 
-    def _open(self, settings: str) -> bytes:
+    def _open(self, settings: str | None) -> bytes:
         """Make the folder, or keep that of an interrupted run, without what it had staged."""
         check_writable(self.out)
-        shutil.rmtree(self.out / DONE, ignore_errors=True)
+        _delete(self.done)
+        if settings is not None:
+            self._belong_to(settings)
+        _delete(self.staged)
+        self.staged.mkdir(parents=True)
+        return b""
+
+    def _belong_to(self, settings: str) -> None:
+        """Keep what is there for these settings only, and note them."""
         note = self.root / "settings.json"
         text = json.dumps({"settings": settings}) + "\n"
-        if self.root.exists() and (not note.is_file() or note.read_text() != text):
-            shutil.rmtree(self.root)
-        shutil.rmtree(self.staged, ignore_errors=True)
-        self.staged.mkdir(parents=True)
-        write_text(note, text)
-        return b""
+        if not note.is_file() or note.read_text() != text:
+            _delete(self.root)
+            self.root.mkdir()
+            write_text(note, text)
 
     def profiled(self, measure: Callable[[], Profile]) -> Profile:
         """The profile: from an interrupted run of the same request, or measured now."""
@@ -88,8 +100,19 @@ class Workspace:
     def deliver(self) -> None:
         """Move everything staged into the output folder and forget the work."""
         publish(self.staged, self.out)
-        self.root.rename(self.out / DONE)  # in one step: what is left by halves is not taken up
-        shutil.rmtree(self.out / DONE)
+        self.root.rename(self.done)  # in one step: what is left by halves is not taken up
+        shutil.rmtree(self.done)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, if it is there; raises `InputError` if it cannot be deleted."""
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise InputError(
+            f"'{folder}' of an earlier run cannot be deleted: {error.strerror}. Delete it."
+        ) from error
 
 
 def _is_whole(folder: Path) -> bool:

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 
+import numpy as np
 import pytest
 
 from sft.core.budget import Budget
@@ -87,6 +88,34 @@ def test_without_limits_a_layer_with_no_integers_is_kept(profile):
     found = plan(with_layer(profile, 0, candidates=floats), Budget())
     assert found.option("stem").scheme == "keep"
     assert "no integer option" in row(found, "stem").reason
+
+
+def test_a_sensitive_layer_that_does_not_run_in_float_gets_its_mildest_integers(profile):
+    """All roundings of the second layer do much damage; as it is, it fails in the runtime."""
+
+    def changed(c, keep_runs):
+        latency = math.inf if c.option.scheme == "keep" and not keep_runs else 1.0
+        damage = {8: 0.4, 4: 0.3}.get(c.option.weight_bits, 0.0)
+        damage = 0.2 if c.option.rank else damage
+        return dataclasses.replace(
+            c, damage=damage, cost=dataclasses.replace(c.cost, latency=latency)
+        )
+
+    for keep_runs, wanted in ((True, "keep"), (False, "dense @4")):
+        layers = tuple(
+            dataclasses.replace(
+                e, candidates=tuple(changed(c, keep_runs or i != 1) for c in e.candidates)
+            )
+            for i, e in enumerate(profile.layers)
+        )
+        found = plan(dataclasses.replace(profile, layers=layers), Budget())
+        assert str(found.rows[1].option) == wanted
+        assert found.cost.latency == len(layers)
+    floats = tuple(c for c in layers[1].candidates if c.option.scheme != "dense")
+    found = plan(
+        with_layer(dataclasses.replace(profile, layers=layers), 1, candidates=floats), Budget()
+    )
+    assert found.rows[1].option.rank
 
 
 def test_keep_by_name_and_by_pattern(profile):
@@ -221,10 +250,11 @@ def test_every_row_has_a_reason(profile, budget):
         elif r.option.scheme == "dense":
             assert f"dense at {r.option.weight_bits} bits: damage" in r.reason
         else:
-            full = min(
-                next(e for e in profile.layers if e.layer.name == r.name).layer.weight_shape[:2]
-            )
-            assert f"rank {r.option.rank[0]} of" in r.reason or full < 0
+            entry = next(e for e in profile.layers if e.layer.name == r.name)
+            side = {"channel_out": 0, "channel_in": 1}[r.option.scheme]
+            kernel = np.moveaxis(np.ones(entry.layer.weight_shape), side, 0)
+            full = min(kernel.reshape(len(kernel), -1).shape)
+            assert f"{r.option.scheme} rank {r.option.rank[0]} of {full} at" in r.reason
             assert "fewer MACs for damage" in r.reason
 
 

@@ -1,5 +1,6 @@
 """Plans edited by hand: what fits passes, nonsense is refused by the layer's name."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -76,6 +77,29 @@ def test_unknown_and_refused_schemes(made, layers):
         check_plan(edited(made, "stage2.conv2", scheme="magic", rank=[4]), layers)
     with pytest.raises(InputError, match=r"'fc'.*\(10, 128\).*it is linear"):
         check_plan(edited(made, "fc", scheme="channel_in", rank=[4]), layers)
+
+
+def test_a_scheme_that_is_misspelt_is_named_with_those_there_are(made, layers):
+    wrong = edited(made, "stage2.conv2", scheme="chanel", rank=[])
+    words = (
+        r"'stage2\.conv2' with weight \(64, 64, 3, 3\) .* there is no scheme 'chanel'\. "
+        r"Choose one of keep, dense, stored, channel_in, channel_out\."
+    )
+    with pytest.raises(InputError, match=words):
+        check_plan(wrong, layers)
+    with pytest.raises(InputError, match="takes 1 rank, the plan gives 0"):
+        check_plan(edited(made, "stage2.conv2", scheme="channel_in", rank=[]), layers)
+
+
+def test_a_transposed_convolution_has_no_integer_kernel(made, layers):
+    up = dataclasses.replace(layers[4], kind="ConvTranspose2d", geometry=None)
+    layers = [*layers[:4], up, *layers[5:]]
+    for bits in (4, 8):
+        wrong = made.replace("stage2.conv2", Option("dense", (), bits))
+        with pytest.raises(InputError, match=r"'stage2\.conv2'.*no runtime has an integer kernel"):
+            check_plan(wrong, layers)
+        for option in (Option("stored", (), bits), Option("keep")):
+            check_plan(made.replace("stage2.conv2", option), layers)
 
 
 def test_other_schemes_come_with_their_full_rank(made, layers):

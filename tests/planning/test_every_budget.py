@@ -46,7 +46,7 @@ def small(profile, seed, layers=(2, 3, 4)):
 
 
 def networks(profile):
-    """(size, macs, latency, memory, damage) of every choice that `plan` may make."""
+    """(size, macs, latency, memory, damage, whole layers) of every choice that `plan` may make."""
     menus = []
     for entry in profile.layers:
         sensitive = all(c.damage > 0.02 for c in entry.candidates if c.option.scheme == "dense")
@@ -59,6 +59,11 @@ def networks(profile):
             math.fsum(c.latency for c in costs) + profile.overhead_latency,
             max(c.memory for c in costs),
             math.fsum(c.damage for c in choice),
+            {
+                e.layer.name
+                for e, c in zip(profile.layers, choice, strict=True)
+                if not c.option.rank
+            },
         )
 
 
@@ -69,24 +74,66 @@ def test_all_limits_equal_brute_force_and_errors_are_true(profile, seed):
     whole = {n: getattr(made, n) for n in names}
     asked = {n: round(float(rng.uniform(0.15, 1.0)), 3) for n in names if rng.random() < 0.7}
     asked = asked or {"latency": 0.5}
-    fits = [
-        row[4]
-        for row in networks(made)
-        if all(row[names.index(n)] <= asked[n] * whole[n] * (1 + 1e-12) for n in asked)
-    ]
+    every = list(networks(made))
+
+    def within(limits):
+        return [
+            row
+            for row in every
+            if all(row[names.index(n)] <= limits[n] * whole[n] * (1 + 1e-12) for n in limits)
+        ]
+
+    fits = [row[4] for row in within(asked)]
     if fits:
         found = plan(made, Budget(**asked))
-        assert min(fits) * (1 - 1e-9) <= found.value <= 1.1 * min(fits) * (1 + 1e-9)
         assert all(getattr(found.cost, n) <= asked[n] * whole[n] * (1 + 1e-9) for n in asked)
+        vain = {e.layer.name for e in made.layers if splits_in_vain(e)}
+        spared = {r.name for r in found.rows if r.name in vain and not r.option.rank}
+        like_it = [row[4] for row in within(asked) if spared <= row[5]]
+        assert found.value == pytest.approx(min(like_it), rel=1e-8)
+        assert found.value <= 1.1 * min(fits) * (1 + 1e-9)
+        assert found.bound == pytest.approx(min(fits), rel=1e-6)
+        assert found.bound <= min(fits) * (1 + 1e-12)
+        assert found.gap == pytest.approx(1 - found.bound / found.value, abs=1e-12)
+        assert found.status == ("optimal" if found.gap <= 1e-7 else "feasible")
+        assert (found.status == "optimal") == (found.value <= min(fits) * (1 + 1e-6))
         quick = plan(made, Budget(**asked), method="lagrangian")
-        assert quick.bound <= found.value * (1 + 1e-9)
+        assert quick.bound <= min(fits) * (1 + 1e-12)
+        assert min(fits) * (1 - 1e-9) <= quick.value
         return
     with pytest.raises(BudgetError) as error:
         plan(made, Budget(**asked))
-    for said in re.findall(r"With (.*?) the least is (\w+)=([0-9.]+[0-9])", str(error.value)):
-        held = {n: asked[n] for n in re.findall(r"(\w+)=", said[0])}
-        number = float(said[2]) if said[1] not in ("size_bytes", "macs_count") else int(said[2])
-        assert plan(made, Budget(**(held | {said[1]: number})))
+    is_true(str(error.value), asked, whole, names, within)
+
+
+def splits_in_vain(entry):
+    """By the definition: no low rank beats the fastest dense kernel in time."""
+    low, dense = (
+        [c.cost.latency for c in entry.candidates if test(c.option)]
+        for test in (lambda o: o.rank, lambda o: o.scheme == "dense")
+    )
+    return bool(low) and min(low) >= min(dense)
+
+
+def is_true(message, asked, whole, names, within):
+    """Each number that the error names is the least there is, rounded up in its last digit."""
+    said = r"(\w+)=[0-9.]+ \([^)]*\) was asked; (?:alone .*? to|the least is) (\w+)=([0-9.]*[0-9])"
+    alone = [(name, {}, *number) for name, *number in re.findall(said, message)]
+    assert sorted(name for name, *_ in alone) == sorted(asked)
+    trades = [
+        (None, {n: asked[n] for n in re.findall(r"(\w+)=", held)}, *number)
+        for held, *number in re.findall(r"With (.*?) the least is (\w+)=([0-9.]*[0-9])", message)
+    ]
+    possible = [n for n in asked if within({n: asked[n]})]
+    assert bool(trades) == (len(asked) > 1 and bool(possible))
+    for _, held, field, number in alone + trades:
+        cost = {"size_bytes": "size", "macs_count": "macs", "latency_ms": "latency"}.get(
+            field, field.removesuffix("_bytes")
+        )
+        least = min(row[names.index(cost)] for row in within(held))
+        told = float(number) * (whole[cost] if field == cost else 1)
+        step = whole[cost] * 1e-4 if field == cost else 1e-4 if cost == "latency" else 1
+        assert least * (1 - 1e-9) <= told <= least * (1 + 1e-9) + step
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -130,7 +130,18 @@ def test_splits_are_measured_about_the_error_that_is_asked_for(wanted: float) ->
     assert nearest in [pytest.approx(e) for e in errors]
 
 
-damages = st.floats(0, 5)
+finite = st.floats(0, 5)
+damages = finite | st.sampled_from([math.nan, math.inf])
+
+
+def with_damages(rounding: dict[int, float], splits: list[float], anchor_error: float):
+    """The menu in three widths with damages by width and by rank; see `with_damage`."""
+
+    def measure(option: Option) -> float:
+        split = splits[option.rank[0] - 1] if option.rank else 0.0
+        return split + rounding.get(option.weight_bits or 0, 0.0)
+
+    return with_damage(menu_of((8, 4, 2)), measure, anchor_error)
 
 
 @given(
@@ -139,17 +150,18 @@ damages = st.floats(0, 5)
     st.floats(0.01, 0.9),
 )
 @settings(deadline=None)
-def test_whatever_is_measured_damages_are_finite_and_fewer_bits_never_better(
+def test_whatever_is_measured_fewer_bits_and_lower_ranks_are_never_better(
     rounding, splits, anchor_error
 ) -> None:
-    def measure(option: Option) -> float:
-        split = splits[option.rank[0] - 1] if option.rank else 0.0
-        return split + rounding.get(option.weight_bits or 0, 0.0)
-
-    known, _, alphas = with_damage(menu_of((8, 4, 2)), measure, anchor_error)
+    known, anchors, alphas = with_damages(rounding, splits, anchor_error)
     damage = {c.option: c.damage for c in known}
-    assert all(math.isfinite(d) and d >= 0 for d in damage.values())
-    assert all(math.isfinite(a) and a > 0 for a in alphas.values())
+    assert all(d >= 0 for d in damage.values())  # so none is NaN
+    assert all(c.rounding >= 0 for c in known)
+    assert all(a > 0 for a in alphas.values())
+    for anchor in anchors:  # what broke the network is infinite on the menu
+        assert not math.isnan(anchor.damage)
+        if math.isinf(anchor.damage) and anchor.option in damage:
+            assert math.isinf(damage[anchor.option])
     for ranked in [Option(DENSE), *(Option("channel_in", r) for r in ERRORS)]:
         wide, middle, narrow = (
             damage[Option(ranked.scheme, ranked.rank, bits)] for bits in (8, 4, 2)
@@ -158,6 +170,28 @@ def test_whatever_is_measured_damages_are_finite_and_fewer_bits_never_better(
     for bits in (8, 4, 2):
         by_rank = [damage[Option("channel_in", rank, bits)] for rank in ERRORS]
         assert all(a >= b * (1 - 1e-12) for a, b in itertools.pairwise(by_rank))
+
+
+@given(
+    st.dictionaries(st.sampled_from([8, 4, 2]), finite, min_size=3),
+    st.lists(finite, min_size=12, max_size=12),
+    st.floats(0.01, 0.9),
+)
+@settings(deadline=None)
+def test_what_is_finite_stays_finite(rounding, splits, anchor_error) -> None:
+    known, _, alphas = with_damages(rounding, splits, anchor_error)
+    assert all(math.isfinite(c.damage) for c in known)
+    assert all(math.isfinite(a) for a in alphas.values())
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_only_what_follows_from_a_broken_measurement_is_infinite(broken: float) -> None:
+    splits = [broken if rank < 5 else 0.01 for rank in ERRORS for rank in rank]
+    known, _, _ = with_damages({2: broken}, splits, 0.4)
+    infinite = {c.option for c in known if math.isinf(c.damage)}
+    assert {Option(DENSE, (), 2), Option("channel_in", (1,), 8)} <= infinite
+    fine = {c.option for c in known} - infinite
+    assert {Option(DENSE, (), 8), Option(DENSE, (), 4), Option("channel_in", (12,), 4)} <= fine
 
 
 @pytest.mark.parametrize(

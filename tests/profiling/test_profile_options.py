@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,10 @@ from sft.core.data import Data
 from sft.core.errors import InputError
 from sft.core.records import DENSE, KEEP, STORED, Profile
 from sft.profiling.profile import profile, trusted
+from sft.profiling.request import schemes_asked, widths_asked
+from sft.profiling.samples import collect_inputs
 from sft.profiling.statistics import gather_statistics
+from sft.runtimes.targets import find_target
 
 Measure = Callable[..., Profile]
 WHOLE = {KEEP, DENSE, STORED}
@@ -54,6 +58,16 @@ def test_the_menus_hold_only_the_schemes_that_were_asked_for(measure) -> None:
     measured = measure(schemes=["spatial", "interpolative"])
     assert {o.scheme for o in options_of(measured)} == {*WHOLE, "spatial", "interpolative"}
     assert {o.scheme for o in options_of(measure(schemes=()))} == WHOLE
+
+
+def test_a_single_scheme_and_a_single_width_may_stand_alone() -> None:
+    target = find_target("onnxruntime-avx2")
+    assert (
+        schemes_asked("spatial", target) == schemes_asked(["spatial"] * 2, target) == ("spatial",)
+    )
+    assert schemes_asked(None, target) == tuple(sorted(target.schemes))
+    assert widths_asked(4) == widths_asked([4]) == widths_asked(np.int64(4)) == (4,)
+    assert widths_asked(range(2, 5)) == (4, 3, 2)
 
 
 def test_in_float_no_option_has_bits_and_no_error_of_rounding(measure) -> None:
@@ -140,11 +154,60 @@ def test_a_profile_made_otherwise_has_another_fingerprint(measure, usual, option
         ({"anchor_samples": 0}, "anchor_samples=0"),
         ({"anchor_error": 0.0}, "anchor_error=0.0"),
         ({"anchor_error": float("nan")}, "anchor_error=nan"),
+        ({"anchor_error": float("inf")}, "anchor_error=inf"),
+        ({"anchor_error": "0.1"}, "anchor_error='0.1'"),
+        ({"anchor_error": None}, "anchor_error=None"),
+        ({"anchor_samples": 1.5}, "anchor_samples=1.5: it must be a whole number"),
+        ({"rank_multiple": 1.5}, "rank_multiple=1.5: it must be a whole number"),
+        ({"rank_multiple": "2"}, "rank_multiple='2'"),
+        ({"weight_bits": "8"}, "weight_bits='8': whole numbers"),
+        ({"weight_bits": [8, 4.0]}, r"weight_bits=\[8, 4.0\]: whole numbers"),
+        ({"schemes": "cp"}, "no decomposition 'cp'"),
+        ({"schemes": 3}, "schemes=3: names of decompositions.*channel_in"),
+        ({"schemes": ["spatial", 3]}, r"schemes=\['spatial', 3\]"),
     ],
 )
 def test_nonsense_is_refused(measure, option, words) -> None:
     with pytest.raises(InputError, match=words):
         measure(**option)
+
+
+class Dividing(nn.Module):
+    """The net, but what it takes for class 2 is divided by zero."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.net(x)
+        return y / (y.argmax(1, keepdim=True) != 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({}, "'odd' gives"), ({"data_free": True}, "'odd' gives"), ({"loss_aware": True}, "gives")],
+    ids=str,
+)
+def test_a_model_whose_outputs_are_not_finite_is_refused(net, data, options, words) -> None:
+    broken = int((net(data.calibration.inputs).argmax(1) == 2).sum())
+    count = "" if "loss_aware" in options else f" {broken} of 128"
+    assert 0 < broken < 128
+    with pytest.raises(InputError, match=f"{words} NaN or infinite outputs for{count}"):
+        profile(Dividing(net), data, "onnxruntime-avx2", name="odd", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"data_free": True}], ids=str)
+@pytest.mark.parametrize("at", [1, 6])
+def test_samples_that_differ_in_shape_are_refused(net, data, options, at: int) -> None:
+    batches = [batch for batch, _ in data.calibration] * 2
+    batches[at] = batches[at][..., :9]
+    words = rf"batch {at + 1} of the calibration data has shape \(1, 12, 9\), .* \(1, 12, 12\)"
+    mixed = dataclasses.replace(data, calibration=batches)
+    with pytest.raises(InputError, match=words):
+        profile(net, mixed, "onnxruntime-avx2", **options)
+    with pytest.raises(InputError, match=words):
+        collect_inputs(batches, 32 * 8)
 
 
 def test_statistics_of_too_few_positions_are_not_trusted(net: nn.Module, data: Data) -> None:

@@ -1,6 +1,7 @@
 """A profile corrected with a chosen network in place."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -144,6 +145,35 @@ def test_a_plan_of_other_layers_is_refused(profiled, net, data) -> None:
     fewer = dataclasses.replace(plan, rows=plan.rows[1:])
     with pytest.raises(InputError, match="layers are not those of the profile"):
         remeasure(profiled, fewer, net, data)
+
+
+def test_a_model_of_other_weights_is_refused(profiled, net, data) -> None:
+    plan = planned(profiled, SPLIT)
+    untold = dataclasses.replace(profiled, fingerprint="none")
+    with torch.no_grad():
+        net.stem_norm.running_mean[0] += 1e-6
+    with pytest.raises(InputError, match="profile of 'model' was measured with other weights"):
+        remeasure(profiled, plan, net, data, anchor_samples=16)
+    assert remeasure(untold, plan, net, data, anchor_samples=16).damage > 0
+
+
+def test_splits_that_break_the_network_are_infinitely_bad(profiled, net, data, monkeypatch) -> None:
+    plan, body = planned(profiled, SPLIT), profiled.layers[1]
+    broken = tuple(
+        dataclasses.replace(c, damage=math.inf, rounding=math.inf)
+        if c.option == Option("channel_in", (6,), 2)
+        else c
+        for c in body.candidates
+    )
+    layers = [*profiled.layers]
+    layers[1] = dataclasses.replace(body, candidates=broken)
+    monkeypatch.setattr(room, "divergence", lambda *given: math.nan)
+    found = remeasure(dataclasses.replace(profiled, layers=tuple(layers)), plan, net, data)
+    assert found.damage == math.inf
+    assert [e.scale for e in found.profile.layers] == [1.0, FURTHEST, FURTHEST, 1.0]
+    damages = [c.damage for c in found.profile.layers[1].candidates]
+    assert damages.count(math.inf) == 1
+    assert not any(map(math.isnan, damages))
 
 
 def test_neither_network_nor_random_state_is_changed(profiled, net, data) -> None:

@@ -1,12 +1,15 @@
 """A profile on disk: its statistics are read when they are first used, and not before."""
 
+import dataclasses
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from sft.core.errors import InputError
-from sft.profiling.store import STATISTICS_FILE, load_profile, save_profile
+from sft.core.statistics import save_statistics
+from sft.profiling.store import PROFILE_FILE, STATISTICS_FILE, load_profile, save_profile
 
 
 @pytest.fixture
@@ -44,6 +47,44 @@ def test_a_folder_without_statistics_is_refused_at_once(folder) -> None:
     (folder / STATISTICS_FILE).unlink()
     with pytest.raises(InputError, match="statistics"):
         load_profile(folder)
+
+
+def test_statistics_of_another_run_are_refused_at_once(profiled, folder, tmp_path) -> None:
+    other = dataclasses.replace(profiled, fingerprint="weights:another")
+    save_profile(other, tmp_path / "other")
+    for ours, theirs in ((folder, tmp_path / "other"), (tmp_path / "other", folder)):
+        mixed = tmp_path / f"mixed-{ours.name}"
+        mixed.mkdir()
+        shutil.copy(ours / PROFILE_FILE, mixed)
+        shutil.copy(theirs / STATISTICS_FILE, mixed)
+        with pytest.raises(InputError, match="of one run and the statistics"):
+            load_profile(mixed)
+
+
+def test_statistics_that_name_no_profile_are_taken(profiled, folder) -> None:
+    save_statistics(profiled.statistics, folder / STATISTICS_FILE)  # as before they named one
+    assert set(load_profile(folder).statistics) == set(profiled.statistics)
+    (folder / STATISTICS_FILE).write_bytes(b"")
+    assert load_profile(folder) == profiled
+
+
+def test_equal_profiles_give_equal_bytes_and_none_has_statistics_too(profiled, tmp_path) -> None:
+    bare = dataclasses.replace(profiled, statistics=None)
+    for saved in (profiled, bare):
+        contents = set()
+        for name in ("a", "b"):
+            save_profile(saved, tmp_path / name)
+            contents.add((tmp_path / name / STATISTICS_FILE).read_bytes())
+        assert len(contents) == 1
+    assert dict(load_profile(tmp_path / "a").statistics) == {}
+
+
+def test_a_file_where_the_folder_should_be_is_refused(profiled, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=f"'{place}' cannot be written"):
+            save_profile(profiled, place)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_planning_from_a_stored_profile_needs_no_pytorch(folder) -> None:

@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sft.core.data import Data
+import sft
+from sft.core.data import Batches, Data
 from sft.core.errors import InputError
 from sft.core.records import Profile
 from sft.profiling import profile as room
 from sft.profiling.profile import profile
+from sft.profiling.request import parts_of
 from sft.profiling.unfinished import Unfinished
 
 OPTIONS = {"schemes": ["channel_in"], "weight_bits": 8, "anchor_samples": 16}
 PARTS = "weights:1 data:2 target:3 options:4 torch:5"
+NAMES = ["weights", "network", "data", "target", "options", "sft", "torch"]
 
 
 def quick(net: nn.Module, data: Data, resume: Path | None = None, **options: object) -> Profile:
@@ -96,9 +99,32 @@ def moved(net: nn.Module) -> nn.Module:
     return net
 
 
+def strided(net: nn.Module) -> nn.Module:
+    net.down.stride = (1, 1)
+    return net
+
+
+def swished(net: nn.Module) -> nn.Module:
+    """The same modules under the same names, run with another activation."""
+
+    class SmallNet(type(net)):
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.hardswish(self.stem_norm(self.stem(x)))
+            x = torch.relu(self.body_norm(self.body(x)) + x)
+            x = torch.relu(self.down(x))
+            x = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+            return self.fc(x)
+
+    SmallNet.__qualname__ = type(net).__qualname__
+    net.__class__ = SmallNet
+    return net
+
+
 @pytest.mark.parametrize(
     ("part", "change"),
     [
+        ("network", lambda net, data: ((strided(net), data), {})),
+        ("network", lambda net, data: ((swished(net), data), {})),
         ("weights", lambda net, data: ((moved(net), data), {})),
         ("data", lambda net, data: ((net, dataclasses.replace(data, calibration=data.test)), {})),
         ("target", lambda net, data: ((net, data), {"target": "onnxruntime-vnni"})),
@@ -126,6 +152,48 @@ def test_the_same_request_is_taken_and_the_name_of_the_model_is_none_of_it(
 ) -> None:
     Unfinished(tmp_path, room.fingerprint(net, data, room.find_target("onnxruntime-avx2"), _how()))
     assert quick(net, data, tmp_path, name="other").model == "other"
+
+
+def test_versions_and_modules_count_and_addresses_do_not(net, data) -> None:
+    class Printed(nn.Sequential):
+        def extra_repr(self) -> str:
+            return repr(object())
+
+    def parts(*activation: nn.Module) -> dict[str, str]:
+        model = Printed(net, *activation)
+        return parts_of(room.fingerprint(model, data, room.find_target("onnxruntime"), _how()))
+
+    plain, again, other = parts(nn.ReLU()), parts(nn.ReLU()), parts(nn.Hardswish())
+    assert plain == again
+    assert list(plain) == NAMES
+    assert [part for part in NAMES if plain[part] != other[part]] == ["network"]
+    assert (plain["sft"], plain["torch"]) == (sft.__version__, torch.__version__)
+
+
+def test_a_loader_that_shuffles_gives_the_profile_of_one_go(net, data, whole, tmp_path) -> None:
+    shuffled = dataclasses.replace(
+        data, calibration=Batches(data.calibration.inputs, None, 16, shuffle=True)
+    )
+    measured = quick(net, shuffled, tmp_path / "begun")
+    layers = sorted((tmp_path / "begun" / "layers").iterdir())
+    for layer in layers[1:]:
+        layer.unlink()
+    torch.manual_seed(5)
+    resumed = quick(net, shuffled, tmp_path / "begun")
+    assert same(resumed, measured)
+    anchors = [[a.damage for e in p.layers for a in e.anchors] for p in (measured, whole)]
+    assert anchors[0] != anchors[1]
+
+
+def test_a_file_where_the_folder_should_be_is_refused_before_anything_is_measured(
+    net, data, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(room, "gather_statistics", None)
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=f"'{place}' cannot be written"):
+            quick(net, data, place)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_all_that_differs_is_named(tmp_path) -> None:

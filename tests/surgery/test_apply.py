@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from sft.core.budget import Budget
 from sft.core.errors import InputError
-from sft.core.records import Option
+from sft.core.records import Cost, Option, Plan, PlanRow
 from sft.layers import Conv2dSFT
 from sft.planning.allocate import plan as make_plan
 from sft.surgery.apply import apply
@@ -48,12 +49,28 @@ def test_statistics_make_the_factors_better_than_plain_svd(net, data, plan) -> N
     [
         ("fc", Option("spatial", (2,)), r"'fc' with weight \(4, 32\).*fewer than two axes"),
         ("body", Option("channel_out", (99,)), r"'body' with weight \(16, 16, 3, 3\).*1 to 16"),
-        ("body", Option("no_such", (2,)), "no decomposition 'no_such'"),
+        ("body", Option("no_such"), r"'body'.*no scheme 'no_such'\. .* dense, stored, .*tucker2"),
     ],
 )
 def test_nonsense_is_refused_by_layer_name(net, plan, layer, option, words) -> None:
     with pytest.raises(InputError, match=words):
         apply(net, plan.replace(layer, option))
+
+
+def test_an_input_that_no_memory_holds_is_refused(net, plan) -> None:
+    for side in (10**7, 10**12):
+        with pytest.raises(InputError, match=rf"input_shape \(1, {side}, {side}\) cannot be used"):
+            apply(net, dataclasses.replace(plan, input_shape=(1, side, side)))
+
+
+def test_dense_integers_of_a_transposed_convolution_are_refused() -> None:
+    up = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 2, 3)).eval()
+    cost = Cost(1, 1, 1)
+    rows = tuple(PlanRow(name, Option("dense", (), 4), None, cost, "") for name in "01")
+    plan = Plan("up", "t", {}, rows, cost, cost, "edited", 0, 0, 0, input_shape=(2, 8, 8))
+    with pytest.raises(InputError, match=r"'1' with weight \(4, 2, 3, 3\).*integer kernel"):
+        apply(up, plan)
+    assert apply(up, plan.replace("1", Option("stored", (), 4)))
 
 
 def test_a_missing_row_is_named(net, plan) -> None:

@@ -8,6 +8,8 @@ from sft.core.budget import Budget
 from sft.planning.allocate import plan
 from sft.surgery.apply import apply
 from sft.training.bit_ramp import RAMP, BitRamp, at_first_bits
+from sft.training.loop import Settings, run_steps
+from sft.training.objective import Objective
 
 
 @pytest.fixture
@@ -76,9 +78,30 @@ def test_a_resumed_ramp_has_the_width_of_its_state(net, planned, ramped, data) -
     for name, value in other.state().items():
         value.copy_(ramp.state()[name])
     assert widths(again) != widths(model)
-    other.resume()
+    other.resumed()
     assert widths(again) == widths(model)
     torch.testing.assert_close(
         next(iter(again.weights().values()))[1].quant_max,
         next(iter(model.weights().values()))[1].quant_max,
     )
+
+
+def test_a_finished_training_that_is_repeated_settles_at_the_last_width(
+    net, planned, data, tmp_path
+) -> None:
+    """Killed after the last step, before its result was stored."""
+    settings = Settings(4, learning_rate=1e-3)
+    found = []
+    for _ in range(2):
+        model = quantize(
+            apply(net, planned), at_first_bits(planned), "onnxruntime-avx2", data.calibration,
+            spare_sensitive=False,
+        )  # fmt: skip
+        objective = Objective(model, net, torch.device("cpu"))
+        run_steps(
+            model, objective, data.train, [BitRamp(model, planned)], settings, tmp_path / "state"
+        )
+        found.append({name: r.integers(w) for name, (w, r) in model.weights().items()})
+    once, again = found
+    assert min(int(q.abs().max()) for q in once.values()) < 8
+    assert all(torch.equal(once[name], again[name]) for name in once)

@@ -1,6 +1,8 @@
 """`train`: within the budget, exportable, repeatable, resumable, and each option counts."""
 
+import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from sft.exporters import export
 from sft.runtimes.runner import Runner
 from sft.surgery.apply import apply
 from sft.training import checkpoint as checkpoint_file
-from sft.training.end_to_end import train
+from sft.training import end_to_end
+from sft.training.end_to_end import _start, train
 
 AT = {"target": "onnxruntime-avx2", "rank_multiple": 2, "steps": 16}
 ASKED = Budget(size=0.16, macs=0.5)
@@ -69,7 +72,7 @@ def test_training_teaches(net, data, measured) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"shrinking": False}, {"bit_ramp": True}, {"seed": 1}, {"pretraining": "admm"},
-     {"product_decay": False}, {"dual_ascent": False}, {"scheme": "spatial"}],
+     {"product_decay": False}, {"scheme": "spatial"}],
     ids=str,
 )  # fmt: skip
 def test_each_option_changes_the_result_and_equal_ones_do_not(
@@ -78,6 +81,21 @@ def test_each_option_changes_the_result_and_equal_ones_do_not(
     own = None if "scheme" in change else measured
     changed = train(net, data, ASKED, measured=own, **AT | change)
     assert not torch.equal(integers(changed), integers(plain))
+
+
+@pytest.mark.slow
+def test_dual_ascent_raises_the_prices_and_lowers_the_ranks(net, data, measured) -> None:
+    """Where the original weights go on after the cut, as here, the result does not show it."""
+    told = []
+    for ascends in (True, False):
+        events = []
+        train(
+            net, data, ASKED, measured=measured, dual_ascent=ascends, on_event=events.append,
+            **AT | {"steps": 40},
+        )  # fmt: skip
+        told.append(next(e for e in events if e["event"] == "ranks"))
+    assert max(told[0]["multipliers"]) > max(told[1]["multipliers"])
+    assert sum(told[0]["ranks"].values()) < sum(told[1]["ranks"].values())
 
 
 @pytest.mark.slow
@@ -107,7 +125,7 @@ def test_the_same_seed_gives_the_same_integers(net, data, measured, plain) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [1, 7, 11])
+@pytest.mark.parametrize("stop", [2, 7, 14])
 def test_an_interrupted_training_ends_in_the_same_integers(
     net, data, measured, plain, tmp_path, monkeypatch, stop
 ) -> None:
@@ -119,7 +137,7 @@ def test_an_interrupted_training_ends_in_the_same_integers(
         def __iter__(self):
             for batch in super().__iter__():
                 type(self).given += 1
-                if type(self).given == stop + 5:  # others look at a batch before
+                if type(self).given == stop + 5:  # four were compared, one was checked
                     raise KeyboardInterrupt
                 yield batch
 
@@ -135,14 +153,14 @@ def test_an_interrupted_training_ends_in_the_same_integers(
 
 @pytest.mark.slow
 def test_from_scratch_batch_norm_is_trained_and_folded(net, data) -> None:
-    trained = train(net, data, Budget(macs=0.6), scratch=True, **AT | {"steps": 40})
-    other = train(net, data, Budget(macs=0.6), scratch=True, seed=1, **AT | {"steps": 40})
+    trained = train(net, data, Budget(macs=0.6), scratch=True, **AT | {"steps": 80})
+    other = train(net, data, Budget(macs=0.6), scratch=True, seed=1, **AT | {"steps": 80})
     assert not torch.equal(integers(trained)[:100], integers(other)[:100])
     names = [n for n, _ in trained.model.graph_module.named_parameters()]
     assert not any("norm" in n for n in names)
     x, y = data.train.inputs, data.train.targets
     right = float((trained.model(x).argmax(1) == y).float().mean())
-    assert right > 0.3
+    assert right > 0.6  # of four classes
 
 
 def test_what_cannot_be_is_refused_before_training(net, data, measured) -> None:
@@ -160,3 +178,94 @@ def test_what_cannot_be_is_refused_before_training(net, data, measured) -> None:
         train(net, data, ASKED, measured=measured, weight_bits={"nowhere": 4}, **AT)
     with pytest.raises(InputError, match="steps"):
         train(net, data, ASKED, **AT | {"steps": 2})
+
+
+@pytest.fixture
+def request_of(net, data, measured, tmp_path, monkeypatch):
+    """What the states of a call are told apart by; nothing is trained."""
+    stand_in = lambda *given: SimpleNamespace(run=lambda: given[7])  # noqa: E731
+    monkeypatch.setattr(end_to_end, "Course", stand_in)
+    monkeypatch.setattr(end_to_end, "profile", lambda *_, **__: measured)
+    for name in ("_start", "menus_of", "without_damage"):
+        monkeypatch.setattr(end_to_end, name, lambda *_: None)
+
+    def ask(**changed) -> str:
+        usual = {"model": net, "data": data, "measured": measured, "checkpoint": tmp_path}
+        given = usual | AT | {"budget": ASKED} | changed
+        return train(given.pop("model"), given.pop("data"), **given)
+
+    return ask
+
+
+def test_states_of_another_teacher_loss_data_or_profile_are_told_apart(
+    net, data, measured, request_of
+) -> None:
+    def nudged():
+        other = copy.deepcopy(net)
+        other.fc.bias.data[0] += 1e-3
+        return other
+
+    def with_train(x, y):
+        return dataclasses.replace(data, train=Batches(x, y, 32, True))
+
+    x, y = data.train.inputs, data.train.targets
+    wrong, loss = with_train(x, (y + 1) % 4), torch.nn.functional.cross_entropy
+    fewer = dataclasses.replace(measured, fingerprint=measured.fingerprint + "0")
+    changes = [
+        {}, {"teacher": net}, {"teacher": nudged()}, {"loss": loss},
+        {"loss": torch.nn.functional.nll_loss}, {"data": with_train(x.flip(0), y)},
+        {"loss": loss, "data": wrong}, {"scratch": True}, {"scratch": True, "data": wrong},
+        {"measured": fewer}, {"measured": None, "model": nudged()}, {"measured": None},
+        {"data": dataclasses.replace(data, calibration=data.validation, train=data.train)},
+    ]  # fmt: skip
+    found = [request_of(**change) for change in changes]
+    assert len(set(found)) == len(changes)
+    assert request_of() == found[0]
+    assert request_of(data=wrong) == found[0]  # the teacher is learned from: no target is used
+
+
+def test_a_shuffled_calibration_loader_is_the_same_in_every_call(data, request_of) -> None:
+    x = data.calibration.inputs
+    shuffled = dataclasses.replace(data, calibration=Batches(x, None, 32, True))
+    found = []
+    for outer in (1, 2):
+        torch.manual_seed(outer)
+        state = torch.get_rng_state()
+        found.append(request_of(data=shuffled))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1] != request_of()
+
+
+def test_a_profile_of_other_weights_is_refused(net, request_of) -> None:
+    with torch.no_grad():
+        net.fc.bias[0] += 1e-3
+    with pytest.raises(InputError, match="measured with other weights"):
+        request_of()
+    request_of(scratch=True)  # which draws other weights anyway
+
+
+class Attending(torch.nn.Module):
+    """Weights that `reset_parameters` does not reach: those of attention, and one of its own."""
+
+    def __init__(self, bare: bool) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, add_bias_kv=True)
+        self.norm, self.fc = torch.nn.LayerNorm(8), torch.nn.Linear(8, 4)
+        if bare:
+            self.token = torch.nn.Parameter(torch.ones(1, 8))
+
+
+def test_from_scratch_every_weight_is_drawn_anew_or_named(data) -> None:
+    model = Attending(bare=False)
+    for weight in model.parameters():
+        torch.nn.init.constant_(weight, 7.0)
+    torch.manual_seed(3)
+    wanted = Attending(bare=False)
+    drawn = _start(model, data, 3)
+    assert all(not bool((w == 7).any()) for w in drawn.parameters())
+    assert all(bool((w == 7).all()) for w in model.parameters())
+    for name, weight in wanted.named_parameters():
+        own = drawn.get_parameter(name)
+        torch.testing.assert_close(own.std(), weight.std(), rtol=0.5, atol=1e-6, msg=name)
+    with pytest.raises(InputError, match=r"nothing draws 'token' anew .* reset_parameters\(\)"):
+        _start(Attending(bare=True), data, 3)

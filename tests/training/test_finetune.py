@@ -1,24 +1,46 @@
 """Fine-tuning: it learns, it is repeatable, it goes on after an interruption."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from sft.core.data import Batches
 from sft.core.errors import InputError
+from sft.decompositions import factorize
 from sft.layers import Conv2dSFT
 from sft.training import checkpoint as checkpoint_file
 from sft.training.finetune import finetune
+from sft.training.loop import Idle
 
 
 @pytest.fixture
 def student(net):
-    from sft.decompositions import factorize
-
     small = type(net)()
     small.load_state_dict(net.state_dict())
     small.down = factorize(net.down, "channel_out", 3)
     assert isinstance(small.down, Conv2dSFT)
     return small.eval()
+
+
+class Stop(Idle):
+    """Interrupts a training at a step, before its state is stored."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def after_step(self, progress: float) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def nudged(net: nn.Module, name: str = "fc.bias") -> nn.Module:
+    """A copy of which one number is another."""
+    other = copy.deepcopy(net)
+    other.state_dict()[name][0] += 1e-3
+    return other
 
 
 def states_equal(a, b) -> bool:
@@ -79,26 +101,78 @@ def test_an_interrupted_run_ends_in_the_same_weights(
     monkeypatch.setattr(checkpoint_file, "SAVE_SECONDS", 0.0)
     whole = finetune(student, data.train, net, steps=12)
     path = tmp_path / "state"
-
-    class Interrupting(Batches):
-        given = 0
-
-        def __iter__(self):
-            for batch in super().__iter__():
-                type(self).given += 1
-                if type(self).given == stop_at + 1:
-                    raise KeyboardInterrupt
-                yield batch
-
-    x, y = data.train.inputs, data.train.targets
     with pytest.raises(KeyboardInterrupt):
-        finetune(student, Interrupting(x, y, 32, True), net, steps=12, checkpoint=path)
+        finetune(student, data.train, net, steps=12, checkpoint=path, more=[Stop(stop_at)])
     assert path.is_file()
     resumed = finetune(student, data.train, net, steps=12, checkpoint=path)
     assert states_equal(whole, resumed)
     assert states_equal(whole, finetune(student, data.train, net, steps=12, checkpoint=path))
     with pytest.raises(InputError, match="of another run"):
         finetune(student, data.train, net, steps=13, checkpoint=path)
+
+
+def test_a_state_of_another_network_teacher_or_data_is_refused(
+    student, net, data, tmp_path
+) -> None:
+    x, y = data.train.inputs, data.train.targets
+    shorter = type(net)().eval()
+    shorter.load_state_dict(net.state_dict())
+    shorter.down = factorize(net.down, "channel_out", 2)
+    unlabelled = {"model": student, "train": data.train, "teacher": net, "validation": None}
+    labelled = {"model": net, "train": Batches(x, y, 32, True), "validation": data.validation}
+    cases = {
+        "student": (unlabelled, {"model": shorter}),
+        "weights": (unlabelled, {"model": nudged(student)}),
+        "statistics": (unlabelled, {"model": nudged(student, "stem_norm.running_var")}),
+        "teacher": (unlabelled, {"teacher": nudged(net)}),
+        "train": (unlabelled, {"train": Batches(x.flip(0), y, 32, True)}),
+        "length": (unlabelled, {"train": [(x[:32], y[:32]), (x[32:64], y[32:64])] * 2}),
+        "held out": (unlabelled, {"validation": data.validation}),
+        "targets": (labelled, {"train": Batches(x, (y + 1) % 4, 32, True)}),
+        "held-out targets": (labelled, {"validation": Batches(data.validation.inputs, y[1:65])}),
+    }
+    for name, (call, changed) in cases.items():
+        path = tmp_path / name
+        tuned = finetune(**call, steps=2, checkpoint=path)
+        stored = path.read_bytes()
+        with pytest.raises(InputError, match=r"of another run .*Delete it to start anew"):
+            finetune(**call | changed, steps=2, checkpoint=path)
+        assert states_equal(tuned, finetune(**call, steps=2, checkpoint=path))
+        assert path.read_bytes() == stored
+
+
+def test_what_does_not_count_is_not_compared(student, net, data, tmp_path) -> None:
+    """Targets that nothing uses, the caller's generator, and data that is never the same."""
+    path, x = tmp_path / "state", data.train.inputs
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    tuned = finetune(student, data.train, net, steps=2, checkpoint=path)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    unlabelled = Batches(x, None, 32, True)
+    assert states_equal(tuned, finetune(student, unlabelled, net, steps=2, checkpoint=path))
+    own = torch.Generator().manual_seed(0)
+    noisy = Batches(x, None, 32, True, lambda x: x + torch.rand(x.shape, generator=own))
+    other = tmp_path / "other"
+    tuned = finetune(student, noisy, net, steps=2, checkpoint=other)
+    assert states_equal(tuned, finetune(student, noisy, net, steps=2, checkpoint=other))
+
+
+def test_what_process_0_was_given_counts_for_all(student, net, data, tmp_path, monkeypatch) -> None:
+    """This process stands for one whose own share of the data is another."""
+    from sft.training import finetune as room
+
+    said, path = [], tmp_path / "state"
+
+    def from_first(work):
+        said.append(work())
+        return said[0]
+
+    monkeypatch.setattr(room, "from_first", from_first)
+    tuned = finetune(student, data.train, net, steps=2, checkpoint=path)
+    share = Batches(data.validation.inputs, None, 32, True)
+    assert states_equal(tuned, finetune(student, share, net, steps=2, checkpoint=path))
+    assert said[0] != said[1]
 
 
 def test_more_steps_and_the_rate_change_the_result(student, net, data) -> None:
@@ -121,8 +195,6 @@ def test_empty_data_missing_targets_and_divergence_are_named(student, net, data)
 
 
 def test_outputs_that_are_no_logits_are_matched_too(data) -> None:
-    from torch import nn
-
     torch.manual_seed(0)
     teacher, pupil = (nn.Conv2d(1, 3, 3) for _ in range(2))
     x = data.train.inputs

@@ -72,6 +72,11 @@ def test_epochs_are_passes_over_the_loader(student, net, data) -> None:
         finetune(student, data.train, net, **length) for length in ({"steps": steps}, {"epochs": 2})
     )
     assert states_equal(whole, same)
+    assert states_equal(student, finetune(student, data.train, net, epochs=0))
+    assert not states_equal(student, finetune(student, data.train, net, epochs=1e-6))
+    for wrong in (-3, -0.01, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"{wrong} epochs of training: 0 or more"):
+            finetune(student, data.train, net, epochs=wrong)
     with pytest.raises(InputError, match="a loader with a length"):
         finetune(student, iter_only(data.train), net, epochs=1)
 
@@ -172,18 +177,18 @@ def test_an_interrupted_run_with_all_options_ends_in_the_same_weights(
     path = tmp_path / "state"
     settings = {"steps": 20, "learning_rate": 0.1, "ema": 0.7, "validation": data.validation}
     whole = finetune(student, data.train, net, **settings)
-    given = 0
 
-    def interrupt(x: torch.Tensor) -> torch.Tensor:
-        nonlocal given
-        given += 1
-        if given == stop_at + 1:
-            raise KeyboardInterrupt
-        return x
+    class Interrupting(Idle):
+        left = stop_at
 
-    x, y = data.train.inputs, data.train.targets
+        def after_step(self, progress: float) -> None:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        finetune(student, Batches(x, y, 32, True, interrupt), net, checkpoint=path, **settings)
+        finetune(student, data.train, net, checkpoint=path, more=[Interrupting()], **settings)
+    assert path.is_file()
     assert states_equal(whole, finetune(student, data.train, net, checkpoint=path, **settings))
     with pytest.raises(InputError, match="of another run"):
         finetune(student, data.train, net, checkpoint=path, **{**settings, "ema": 0.8})

@@ -1,5 +1,7 @@
 """Shrinking: exact in its gauge; the penalty is the nuclear norm; prices meet the budget."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +122,24 @@ def test_the_proximal_step_takes_a_threshold_off_the_singular_values() -> None:
     Shrinking._soften(gauge, values, threshold)
     wanted = (values - threshold).clamp_min(0)
     torch.testing.assert_close(gauge.balance(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_proximal_share_is_the_same_at_every_scale(net, menus) -> None:
+    def shares(factor: float) -> torch.Tensor:
+        scaled = copy.deepcopy(net)
+        for name in menus.schemes:
+            scaled.get_submodule(name).weight.data.mul_(factor)
+        part, layers = shrunk(scaled, menus, proximal=True, dual_ascent=False)
+        part.multipliers.fill_(1.0)
+        known = menus.profile.statistics
+        gauges = [Gauge.of(layer, known.get(n)) for n, layer in layers.items()]
+        was = torch.stack([gauge.balance().max() for gauge in gauges])
+        part._round(2)
+        return 1 - torch.stack([gauge.balance().max() for gauge in gauges]) / was
+
+    found = shares(1.0)
+    assert (found > 1e-5).all()
+    torch.testing.assert_close(shares(10.0), found, rtol=1e-2, atol=1e-6)
 
 
 def test_decay_on_the_product_is_that_of_the_dense_kernel_in_any_gauge() -> None:

@@ -1,6 +1,8 @@
 """What the user asks for."""
 
 import dataclasses
+import sys
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from sft.core.errors import InputError
@@ -42,23 +44,34 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in FRACTIONS:
-            value = getattr(self, name)
+            value = self._number(name)
             if value is not None and not 0 < value <= 1:
                 raise InputError(
                     f"Budget {name}={value}: a fraction of the original, above 0 and at most 1, "
                     f"is wanted (0.1: a tenth)."
                 )
         for name in ABSOLUTE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"Budget {name}={value}: it must be above 0.")
-        if self.max_drop is not None and not self.max_drop >= 0:
-            raise InputError(f"Budget max_drop={self.max_drop}: it must be 0 or more.")
+            value = self._number(name)
+            if value is not None and not 0 < value <= sys.float_info.max:
+                raise InputError(
+                    f"Budget {name}={value}: a finite number above 0 is wanted. "
+                    "Leave it out for no limit."
+                )
+        drop = self._number("max_drop")
+        if drop is not None and not drop >= 0:
+            raise InputError(f"Budget max_drop={drop}: it must be 0 or more.")
         if self.minimize not in (None, *MINIMIZED):
             wanted = " or ".join(repr(name) for name in MINIMIZED)
             raise InputError(f"Budget minimize='{self.minimize}': {wanted} is wanted.")
         if self.minimize is not None and self.max_drop is None:
             raise InputError("Budget minimize= needs max_drop=: how far may the score fall?")
+
+    def _number(self, name: str) -> float | None:
+        """A field, None where it was not set; raises `InputError` if it is no number."""
+        value: float | None = getattr(self, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise InputError(f"Budget {name}={value!r}: a number is wanted.")
+        return value
 
     def limits(self, original: "Cost") -> dict[str, float]:
         """Absolute upper limits by cost name, for an original of these costs.

@@ -250,7 +250,7 @@ def _sending() -> Iterator[None]:
     """Inside, what the backend raises becomes an error that says what to do."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter where the environment says too little
         reason = _reason_of(error)
         raise LostProcessError(
             f"Another of the {distributed.get_world_size()} processes is lost, so this one ends "
@@ -260,7 +260,7 @@ def _sending() -> Iterator[None]:
         ) from error
 
 
-def _reason_of(error: RuntimeError) -> str:
+def _reason_of(error: Exception) -> str:
     """The first sentence of what a backend says, without the place in its source."""
     said = re.sub(r"^\[\S+\.cc:\d+\]\s*", "", str(error).strip()) or "no reason given"
     return said.splitlines()[0].partition(". ")[0]

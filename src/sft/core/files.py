@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from sft.core.errors import InputError
 
 MANIFEST = "manifest.json"
+TEMPORARY = "[a-z0-9_]{8}"  # what `tempfile.mkstemp` puts behind the prefix
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -58,12 +60,45 @@ def check_writable(folder: Path) -> None:
     """Raise `InputError` unless files can be made in `folder` (which is made if it is missing)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".sft-"):
-            pass
+        _make_a_file(folder)
     except OSError as error:
-        raise InputError(
-            f"The output folder '{folder}' cannot be written: {error.strerror}. Choose another."
-        ) from error
+        raise _refused(folder, error) from error
+
+
+def check_output(path: Path, folder: bool = False) -> None:
+    """Raise `InputError` unless a file can be made at `path`, or with `folder` files in it.
+
+    Folders that are missing on the way count as ones that can be made; nothing is made.
+    """
+    within = path if folder else path.parent
+    try:
+        if path.is_dir() and not folder:
+            raise InputError(
+                f"The output '{path}' is a folder. Give the name of a file, for example one in it."
+            )
+        _make_a_file(next(p for p in (within, *within.parents) if p.exists()))
+    except OSError as error:
+        raise _refused(within, error) from error
+
+
+def _make_a_file(folder: Path) -> None:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".sft-"):
+        pass
+
+
+def _refused(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"The output folder '{folder}' cannot be written: {error.strerror}. Choose another."
+    )
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete the temporary files that killed calls of `write_bytes` left of this very path."""
+    made = re.compile(re.escape(f".{path.name}.") + TEMPORARY)
+    if path.parent.is_dir():
+        for left in path.parent.iterdir():
+            if made.fullmatch(left.name) and left.is_file():
+                left.unlink(missing_ok=True)
 
 
 def publish(staged: Path, folder: Path) -> None:

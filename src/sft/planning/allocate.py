@@ -1,6 +1,5 @@
 """The verb `plan`: from a profile and a budget to one option per layer, each with its reason."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +9,7 @@ from sft.core.records import (
     DENSE,
     KEEP,
     STORED,
+    Candidate,
     Cost,
     LayerProfile,
     Option,
@@ -20,12 +20,12 @@ from sft.core.records import (
 )
 from sft.planning.asked import asked_options, kept
 from sft.planning.feasible import budget_error
-from sft.planning.menus import Menu, Problem, gains_no_time, is_low_rank, runs
+from sft.planning.menus import Menu, Problem, runs
 from sft.planning.reasons import explain
-from sft.planning.solve import Solution
+from sft.planning.solve import verdict
+from sft.planning.sparing import spared
 
 SENSITIVE = 0.02  # damage of rounding alone above which a layer may stay in float unasked
-SPARING = 1.1  # by how much the damage may grow so that layers which gain no time are left whole
 
 
 def plan(
@@ -44,15 +44,36 @@ def plan(
     measuring. With no limit every layer becomes dense in its widest integers. A layer
     stays in float only where it is asked for, or where rounding it alone would do much damage. It
     stays whole where no low rank is faster in the target, as far as the limits allow that at a
-    damage at most a tenth greater; value and bound are then those of the smaller menus.
+    damage at most a tenth greater (`spared`); `bound` and `gap` are of all menus even so.
     Raises `BudgetError` with what is feasible, or `InputError` for a name or option that is not.
     """
     problem, asked = pose(profile, budget.limits(profile.original), keep, overrides or {})
     solution = problem.solve(method=method)
     if solution.status == "infeasible":
         raise budget_error(profile, budget, problem, asked)
-    problem, solution = _spared(profile, problem, solution, asked, method)
-    return _assemble(profile, budget, problem, asked, solution)
+    chosen = spared(profile, problem, solution, asked, method)
+    return _assemble(profile, budget, problem, asked, chosen, solution.bound)
+
+
+def restate(
+    plan: Plan,
+    profile: Profile,
+    budget: Budget,
+    keep: Sequence[str],
+    overrides: Mapping[str, Option] | None,
+    bound: float,
+) -> Plan:
+    """The same choices with the damages, costs and reasons of another profile of the network.
+
+    budget, keep, overrides : what the plan was made with. bound : no choice has less damage by that
+    profile.
+    """
+    problem, asked = pose(profile, budget.limits(profile.original), keep, overrides or {})
+    chosen = [
+        next(c for c in entry.candidates if c.option == plan.option(entry.layer.name))
+        for entry in profile.layers
+    ]
+    return _assemble(profile, budget, problem, asked, chosen, bound)
 
 
 def pose(
@@ -76,46 +97,27 @@ def pose(
     return Problem(names, menus, dict(limits), _overhead(profile)), asked
 
 
-def _spared(
-    profile: Profile,
-    problem: Problem,
-    solution: Solution,
-    asked: Mapping[str, Option],
-    method: str,
-) -> tuple[Problem, Solution]:
-    """The plan that leaves layers whole in which no low rank is faster, if it is nearly as good."""
-    in_vain = [e.layer.name not in asked and gains_no_time(e) for e in profile.layers]
-    chosen = problem.chosen(solution)
-    if not any(vain and is_low_rank(c) for vain, c in zip(in_vain, chosen, strict=True)):
-        return problem, solution
-    menus = tuple(
-        [c for c in menu if not is_low_rank(c)] if vain else menu
-        for menu, vain in zip(problem.menus, in_vain, strict=True)
-    )
-    whole = dataclasses.replace(problem, menus=menus)
-    other = whole.solve(method=method)
-    good = other.status != "infeasible" and other.value <= SPARING * solution.value
-    return (whole, other) if good else (problem, solution)
-
-
 def _assemble(
     profile: Profile,
     budget: Budget,
     problem: Problem,
     asked: Mapping[str, Option],
-    solution: Solution,
+    chosen: Sequence[Candidate],
+    bound: float,
 ) -> Plan:
-    limits = problem.limits
     rows = tuple(
         PlanRow(
             name=entry.layer.name,
             option=candidate.option,
             predicted_damage=candidate.damage,
             cost=candidate.cost,
-            reason=explain(entry, candidate, entry.layer.name in asked, limits),
+            reason=explain(entry, candidate, entry.layer.name in asked, problem.limits),
         )
-        for entry, candidate in zip(profile.layers, problem.chosen(solution), strict=True)
+        for entry, candidate in zip(profile.layers, chosen, strict=True)
     )
+    value = math.fsum(candidate.damage for candidate in chosen)
+    bound = min(bound, value)
+    gap, status = verdict(value, bound)
     return Plan(
         model=profile.model,
         target=profile.target,
@@ -123,10 +125,10 @@ def _assemble(
         rows=rows,
         cost=totals({"": problem.rest} | {row.name: row.cost for row in rows}),
         original=profile.original,
-        status=solution.status,
-        value=solution.value,
-        bound=solution.bound,
-        gap=solution.gap,
+        status=status,
+        value=value,
+        bound=bound,
+        gap=gap,
         input_shape=profile.input_shape,
         statistics=profile.statistics,
     )
@@ -135,7 +137,8 @@ def _assemble(
 def _menu(entry: LayerProfile, asked: Option | None, limited: bool) -> Menu:
     """The candidates a layer may take: the one asked for, or those that are known to work.
 
-    A layer that has integers multiplies in float only where it is sensitive to them.
+    A layer that has integers multiplies in float only where it is sensitive to them, and where it
+    runs so.
     """
     if asked is not None:
         return [next(c for c in entry.candidates if c.option == asked)]
@@ -145,14 +148,15 @@ def _menu(entry: LayerProfile, asked: Option | None, limited: bool) -> Menu:
             f"None of the {len(entry.candidates)} options of layer '{entry.layer.name}' has a "
             f"finite damage and runs in the target. Profile the model again."
         )
-    dense = [c for c in measured if c.option.scheme == DENSE and c.option.weight_bits]
+    dense = [c for c in measured if c.option.scheme == DENSE]
     integers = dense or [c for c in measured if c.option.scheme == STORED]
     sensitive = min((c.damage for c in integers), default=math.inf) > SENSITIVE
+    if not limited and sensitive:
+        mildest = min(integers or measured, key=lambda c: c.damage)
+        return [kept(entry) if runs(kept(entry)) else mildest]
     if not limited:
-        widest = max((c.option.weight_bits or 0 for c in integers), default=0)
-        return (
-            [kept(entry)] if sensitive else [c for c in integers if c.option.weight_bits == widest]
-        )
+        widest = max(c.option.weight_bits or 0 for c in integers)
+        return [c for c in integers if c.option.weight_bits == widest]
     floats = () if sensitive else (KEEP, STORED) if dense else (KEEP,)
     return [c for c in measured if c.option.scheme not in floats]
 

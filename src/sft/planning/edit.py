@@ -66,6 +66,11 @@ def check_option(
         raise InputError(
             f"{where}: {layer.refusals[scheme]}. Choose 'dense', 'keep' or another scheme."
         )
+    if scheme == DENSE and _transposed(layer):
+        raise InputError(
+            f"{where}: no runtime has an integer kernel for a transposed convolution. Choose "
+            f"'stored', which saves size, or 'keep'."
+        )
     if scheme in (KEEP, DENSE, STORED):
         return
     if scheme not in full_ranks:
@@ -87,8 +92,13 @@ def check_option(
 def default_full_rank(scheme: str, layer: Layer) -> tuple[int, ...]:
     """The exact rank of a channel scheme; empty for a grouped or transposed layer."""
     geometry = layer.geometry
-    plain = geometry is None or (geometry.groups == 1 and not geometry.transposed)
+    plain = (geometry is None or geometry.groups == 1) and not _transposed(layer)
     return _sides(FULL_RANKS[scheme](layer)) if scheme in FULL_RANKS and plain else ()
+
+
+def _transposed(layer: Layer) -> bool:
+    geometry = layer.geometry
+    return layer.kind.startswith("ConvTranspose") or (geometry is not None and geometry.transposed)
 
 
 def _sides(rank: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -86,6 +86,12 @@ def solve(
     return _solved(*found, lowest)
 
 
+def verdict(value: float, bound: float) -> tuple[float, str]:
+    """The gap of a choice that fits, and its status: "optimal", or "feasible" if it is open."""
+    gap = 0.0 if value == bound else (value - bound) / (abs(value) or 1.0)
+    return gap, "optimal" if gap <= PROVEN else "feasible"
+
+
 def _optimum(
     table: Table, limits: Mapping[str, float], method: str
 ) -> tuple[tuple[int, ...], float, float] | None:
@@ -214,7 +220,6 @@ def _infeasible(message: str, feasible: dict[str, float]) -> Solution:
 def _solved(
     choice: tuple[int, ...], value: float, bound: float, feasible: dict[str, float]
 ) -> Solution:
-    gap = 0.0 if value == bound else (value - bound) / (abs(value) or 1.0)
-    status = "optimal" if gap <= PROVEN else "feasible"
+    gap, status = verdict(value, bound)
     message = f"Damage {value:.6g}; nothing within the limits is below {bound:.6g}."
     return Solution(choice, value, bound, gap, status, message, feasible)

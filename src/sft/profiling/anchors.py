@@ -51,15 +51,20 @@ class Curve:
         if len(self.points) < 2:
             return 1.0
         (e1, d1), (e2, d2) = self.points[-2:]
+        if math.isinf(d2):
+            return 1.0
         return min(max(math.log(d2 / d1) / math.log(e2 / e1), FLATTEST), STEEPEST)
 
 
 def curve_through(anchors: Sequence[Anchor]) -> Curve:
-    """The curve through measured points; where one falls with the error, it is raised."""
+    """The curve through measured points; where one falls with the error, it is raised.
+
+    From a point on whose damage is not finite, it is infinite.
+    """
     points: dict[float, float] = {}
     highest = LEAST
     for anchor in sorted(anchors, key=lambda a: a.error):
-        highest = max(highest, anchor.damage)
+        highest = max(highest, _finite_or_inf(anchor.damage))
         points[max(anchor.error, LEAST)] = highest
     return Curve(tuple(points.items()))
 
@@ -69,9 +74,14 @@ def with_damage(
 ) -> tuple[tuple[Candidate, ...], tuple[Anchor, ...], dict[str, float]]:
     """The candidates with their damage, what was measured for it, and alpha by scheme.
 
-    measure : the damage of an option, by running the network with it.
+    measure : the damage of an option, by running the network with it; one that is not finite counts
+        as infinite, and so do the damages that follow from it.
     anchor_error : at about which relative output error of a split the damage is measured.
     """
+
+    def measured(option: Option) -> float:
+        return _finite_or_inf(measure(option))
+
     by_scheme: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         by_scheme.setdefault(candidate.option.scheme, []).append(candidate)
@@ -83,7 +93,7 @@ def with_damage(
         if scheme == KEEP:
             damages |= {c.option: 0.0 for c in own}
         elif scheme in (DENSE, STORED):
-            found = [Anchor(c.option, c.error, max(measure(c.option), LEAST)) for c in own]
+            found = [Anchor(c.option, c.error, max(measured(c.option), LEAST)) for c in own]
             anchors += found
             damages |= _never_better_with_fewer_bits(found)
             rounding |= {a.option: damages[a.option] for a in found}
@@ -91,7 +101,9 @@ def with_damage(
             alphas[scheme] = middle.damage / max(middle.error, LEAST)
         else:
             wide = [d for o, d in damages.items() if o.scheme == DENSE and _bits(o) > FINE]
-            found, curve, extra = _measure_split(own, measure, anchor_error, min(wide, default=0.0))
+            found, curve, extra = _measure_split(
+                own, measured, anchor_error, min(wide, default=0.0)
+            )
             anchors += found
             alphas[scheme] = curve.alpha()
             split_errors = _errors_of_splits(own)
@@ -126,7 +138,8 @@ def _measure_split(
         for rank, error in sorted(chosen.items(), key=lambda pair: pair[1])
     ]  # fmt: skip
     curve = curve_through(anchors)
-    middle = anchors[len(anchors) // 2]
+    told = [a for a in anchors if math.isfinite(a.damage)] or anchors
+    middle = told[len(told) // 2]
     extra: dict[int, float] = {}
     for bits in sorted({_bits(c.option) for c in own} - {32}, reverse=True):
         if bits > FINE:
@@ -136,7 +149,8 @@ def _measure_split(
         found = measure(rounded)
         anchors.append(Anchor(rounded, middle.error, found))
         floor = max(extra.values(), default=0.0)
-        extra[bits] = max(found - curve(middle.error), floor)
+        alone = curve(middle.error)
+        extra[bits] = max(found - alone, floor) if math.isfinite(alone) else math.inf
     return anchors, curve, extra
 
 
@@ -154,6 +168,11 @@ def _never_better_with_fewer_bits(anchors: Sequence[Anchor]) -> dict[Option, flo
     ordered = sorted(anchors, key=lambda a: -_bits(a.option))
     raised = itertools.accumulate((a.damage for a in ordered), max)
     return {a.option: damage for a, damage in zip(ordered, raised, strict=True)}
+
+
+def _finite_or_inf(damage: float) -> float:
+    """A damage as measured; NaN, which `max` would lose, as infinite."""
+    return damage if math.isfinite(damage) else math.inf
 
 
 def _bits(option: Option) -> int:

@@ -4,8 +4,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sft.core.data import Loader, inputs_of
-
 
 def divergence(reference: torch.Tensor, outputs: torch.Tensor) -> float:
     """Damage per sample: for logits ``(N, classes)`` the mean KL(reference || outputs), in nats;
@@ -22,20 +20,6 @@ def divergence(reference: torch.Tensor, outputs: torch.Tensor) -> float:
         )
     scale = (reference - reference.mean()).square().mean().clamp_min(1e-30)
     return float((outputs - reference).square().mean() / scale)
-
-
-@torch.no_grad()
-def collect_inputs(loader: Loader, count: int) -> torch.Tensor:
-    """The first `count` samples of a loader (fewer if it has fewer), ``(N, ...)``."""
-    kept: list[torch.Tensor] = []
-    have = 0
-    for batch in loader:
-        x = inputs_of(batch)[: count - have]
-        kept.append(x)
-        have += len(x)
-        if have >= count:
-            break
-    return torch.cat(kept)
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def backward(outputs: Any, generator: torch.Generator) -> None:
 
     Logits ``(N, classes)`` are answered by classes drawn from their softmax under cross entropy;
     any other tensors by the inner product with normal random numbers. Raises `InputError` if the
-    outputs do not depend on the layers in a differentiable way.
+    outputs do not depend on the layers in a differentiable way, or logits are not finite.
     """
     found = [t for t in _tensors(outputs) if t.requires_grad]
     if not found:
@@ -63,6 +63,11 @@ def _direction(output: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient of the sampled loss at the output itself."""
     if output.ndim == 2 and output.shape[1] > 1:
         chances = output.double().softmax(1).cpu()
+        if not bool(torch.isfinite(chances).all()):
+            raise InputError(
+                "The model gives NaN or infinite outputs for the calibration data, so no targets "
+                "can be drawn from them. Give a model whose outputs are finite."
+            )
         classes = torch.multinomial(chances, 1, generator=generator)
         direction = chances.scatter_add(1, classes, torch.full_like(chances[:, :1], -1))
     else:

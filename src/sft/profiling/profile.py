@@ -1,7 +1,6 @@
 """The verb `profile`: everything about a network on data that later steps need, measured once."""
 
 import dataclasses
-import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -9,21 +8,23 @@ import torch
 from torch import nn
 
 from sft.core.allocator import kept_memory
-from sft.core.data import Data, fingerprint_data
+from sft.core.data import Data
 from sft.core.distributed import from_first, rank, world
-from sft.core.errors import InputError
 from sft.core.progress import say, track
 from sft.core.randomness import forked_rng
 from sft.core.records import Inspection, Layer, LayerProfile, Option, Profile, Target
 from sft.core.shards import of_first, whole_of
 from sft.core.statistics import Statistics
-from sft.decompositions import decompositions
 from sft.models.inspect import inspect
 from sft.profiling.anchors import with_damage
-from sft.profiling.candidates import WEIGHT_BITS, menu, schemes_for
-from sft.profiling.damage import collect_inputs, divergence
+from sft.profiling.candidates import menu, schemes_for
+from sft.profiling.damage import divergence
+from sft.profiling.held_out import device_of
 from sft.profiling.memory import FLOAT_BYTES, INTEGER_BYTES, Memory, alive_numbers
 from sft.profiling.places import Place, places
+from sft.profiling.request import ANCHOR_ERROR, Measuring, schemes_asked, widths_asked
+from sft.profiling.request import fingerprint as fingerprint
+from sft.profiling.samples import collect_inputs, quick_batches, reference_outputs, samples_for
 from sft.profiling.stand_ins import COARSE, stand_in
 from sft.profiling.statistics import gather_statistics
 from sft.profiling.store import PROFILE_FILE as PROFILE_FILE
@@ -38,38 +39,8 @@ from sft.surgery.modules import (
     open_all_recurrent,
 )
 
-ANCHOR_ERROR = 0.1
-ANCHOR_SAMPLES, LEAST_SAMPLES = 128, 16
-ANCHOR_MACS = 3 * 10**13  # that anchors may cost in all: some ten minutes on two cores
-PASSES = 7  # about, for each layer
-BATCH = 64
 WORTH_MENDING = 1e-3  # damage below which it does not matter whether it is mended
 ENOUGH = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Measuring:
-    """How a profile is measured: what `profile` was asked for."""
-
-    schemes: tuple[str, ...]
-    weight_bits: tuple[int, ...] = (WEIGHT_BITS,)
-    data_free: bool = False
-    loss_aware: bool = False
-    rank_multiple: int | None = None
-    anchor_samples: int | None = None
-    anchor_error: float = ANCHOR_ERROR
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rank_multiple", "anchor_samples", "anchor_error"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name}={value}: it must be above 0.")
-        if not all(2 <= bits <= 8 for bits in self.weight_bits):
-            given = ", ".join(map(str, self.weight_bits))
-            raise InputError(f"weight_bits={given}: 2 to 8, or None to stay in float.")
-        for scheme in self.schemes:
-            decompositions[scheme]
 
 
 @kept_memory()
@@ -79,7 +50,7 @@ def profile(
     target: str = "onnxruntime",
     *,
     name: str = "model",
-    schemes: Collection[str] | None = None,
+    schemes: str | Collection[str] | None = None,
     weight_bits: int | Collection[int] | None = (8, 4, 2),
     data_free: bool = False,
     loss_aware: bool = False,
@@ -118,8 +89,8 @@ def profile(
     data.check()
     found = find_target(target)
     how = Measuring(
-        schemes=tuple(sorted(found.schemes if schemes is None else set(schemes))),
-        weight_bits=_widths(weight_bits),
+        schemes=schemes_asked(schemes, found),
+        weight_bits=widths_asked(weight_bits),
         data_free=data_free,
         loss_aware=loss_aware and not data_free,
         rank_multiple=rank_multiple,
@@ -131,26 +102,18 @@ def profile(
         return _profile(model, data, found, name, how, None if resume is None else Path(resume))
 
 
-def _widths(weight_bits: int | Collection[int] | None) -> tuple[int, ...]:
-    """The widths in falling order, each once."""
-    if weight_bits is None:
-        return ()
-    given = (weight_bits,) if isinstance(weight_bits, int) else tuple(weight_bits)
-    return tuple(sorted(set(given), reverse=True))
-
-
 def _profile(
     model: nn.Module, data: Data, found: Target, name: str, how: Measuring, resume: Path | None
 ) -> Profile:
     example = data.example()
     inspect(model, example, name)
-    folded, _ = open_all_recurrent(fold_batch_norm(model, example.to(_device(model))))
+    folded, _ = open_all_recurrent(fold_batch_norm(model, example.to(device_of(model))))
     inside = inspect(folded, example, name)
     request = from_first(lambda: fingerprint(model, data, found, how).encode()).decode()
     unfinished = Unfinished(resume, request)
     used, samples = unfinished.statistics(lambda: _gather(folded, inside, data, how))
     layers = _measure(folded, inside, used, data, found, how, unfinished)
-    memory = alive_numbers(folded, example.to(_device(model)), inside.layers)
+    memory = alive_numbers(folded, example.to(device_of(model)), inside.layers)
     integers = bool(how.weight_bits)
     around = INTEGER_BYTES if integers else FLOAT_BYTES
     params = max(inside.params, sum(x.params for x in inside.layers))  # tied: at each layer
@@ -184,6 +147,7 @@ def _gather(
         [] if how.data_free else split,
         data.calibration,
         gradients=how.loss_aware and bool(split),
+        one_shape=True,
     )
     return ({} if how.data_free else trusted(used)), samples
 
@@ -220,27 +184,6 @@ def trusted(statistics: dict[str, Statistics]) -> dict[str, Statistics]:
     return kept
 
 
-def fingerprint(
-    model: nn.Module, data: Data, target: Target, how: Measuring | None = None, seed: int = 0
-) -> str:
-    """What a profile depends on, part by part: a short hash of each, and the version of torch."""
-    how = Measuring(schemes=target.schemes, seed=seed) if how is None else how
-    weights = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        weights.update(f"{key} {tuple(value.shape)}".encode())
-        weights.update(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    parts = {
-        "weights": weights.hexdigest(),
-        "data": hashlib.sha256(fingerprint_data(data.calibration).encode()).hexdigest(),
-        "target": hashlib.sha256(target.to_json().encode()).hexdigest(),
-        "options": hashlib.sha256(str(how).encode()).hexdigest(),
-    }
-    short = " ".join(f"{part}:{digest[:12]}" for part, digest in parts.items())
-    return f"{short} torch:{torch.__version__}"
-
-
 def _measure(
     folded: nn.Module,
     inside: Inspection,
@@ -256,10 +199,11 @@ def _measure(
     """
     layers = {layer.name: layer for layer in inside.layers}
     samples = how.anchor_samples or samples_for(inside)
-    inputs = of_first(collect_inputs(whole_of(data.calibration), samples))
-    batches = quick_batches(inputs.to(_device(folded)))
+    with forked_rng(how.seed):  # the same samples whether the statistics were gathered or stored
+        inputs = of_first(collect_inputs(whole_of(data.calibration), samples))
+    batches = quick_batches(inputs.to(device_of(folded)))
     with torch.no_grad():
-        reference = torch.cat([folded(x).cpu() for x in batches])
+        reference = reference_outputs(folded, batches, inside.model)
         open_layers = [name for name in layers if name not in unfinished.layers]
         walk = places(folded, open_layers, batches) if open_layers else iter(())
         mine: LayerProfile | None = None
@@ -319,20 +263,3 @@ def _damage(
         floats = dataclasses.replace(option, weight_bits=None)
         like = stand_in(module, floats, [], statistics, target, seed)
     return min(found, divergence(reference, place.outputs_mended(changed, like)))
-
-
-def quick_batches(inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Samples in batches, images with their channels last, which most kernels run faster."""
-    order = torch.channels_last if inputs.ndim == 4 else torch.preserve_format
-    return [x.contiguous(memory_format=order) for x in torch.split(inputs, BATCH)]
-
-
-def samples_for(inside: Inspection) -> int:
-    """How many samples damage is measured on: 128, or fewer where that costs too much."""
-    work = inside.macs * len(inside.layers) * PASSES
-    return max(LEAST_SAMPLES, min(ANCHOR_SAMPLES, ANCHOR_MACS // max(work, 1)))
-
-
-def _device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return first.device if first is not None else torch.device("cpu")

@@ -20,10 +20,11 @@ from sft.core.randomness import forked_rng
 from sft.core.records import Candidate, LayerProfile, Option, Plan, Profile
 from sft.decompositions import factorize
 from sft.models.inspect import inspect
-from sft.profiling.damage import collect_inputs, divergence
+from sft.profiling.damage import divergence
 from sft.profiling.held_out import device_of
 from sft.profiling.places import places
-from sft.profiling.profile import quick_batches, samples_for
+from sft.profiling.request import refuse_other_weights
+from sft.profiling.samples import collect_inputs, quick_batches, reference_outputs, samples_for
 from sft.surgery.modules import fold_batch_norm, get_module, open_all_recurrent
 
 FURTHEST = 30.0  # a scale is not moved by more than this factor in one round
@@ -56,7 +57,8 @@ def remeasure(
     model, data : those of the profile. anchor_samples : first calibration samples to measure on, by
     default as in `profile`. The layers are split as the plan says and not rounded; nothing is
     trained. The profile that is given is not changed. A plan that splits nothing is not measured.
-    Raises `InputError` if plan and profile do not have the same layers.
+    Raises `InputError` if plan and profile do not have the same layers, and for a model of other
+    weights than those that were profiled.
     """
     entries = {entry.layer.name: entry for entry in profile.layers}
     if {row.name for row in plan.rows} != set(entries):
@@ -66,13 +68,14 @@ def remeasure(
     split = {name: c for name, c in chosen.items() if c.option.rank}
     if not split:
         return Remeasured(profile, rounding)
+    refuse_other_weights(profile, model)
     example = data.example().to(device_of(model))
     with forked_rng(seed):
         network, _ = open_all_recurrent(fold_batch_norm(model, example))
         count = anchor_samples or samples_for(inspect(network, example, profile.model))
         inputs = collect_inputs(data.calibration, count).to(example.device)
         batches = quick_batches(inputs)
-        reference = torch.cat([network(x).cpu() for x in batches])
+        reference = reference_outputs(network, batches, profile.model)
         known = profile.statistics or {}
         factorized = {
             name: factorize(
@@ -101,6 +104,8 @@ def _scaled(entry: LayerProfile, factor: float) -> LayerProfile:
     """The menu with the part of each damage that comes from the split times a factor."""
     candidates = tuple(
         dataclasses.replace(c, damage=(c.damage - c.rounding) * factor + c.rounding)
+        if math.isfinite(c.damage)
+        else c
         for c in entry.candidates
     )
     return dataclasses.replace(entry, scale=entry.scale * factor, candidates=candidates)
@@ -109,16 +114,21 @@ def _scaled(entry: LayerProfile, factor: float) -> LayerProfile:
 def _marginal(
     network: nn.Module, stand_ins: dict[str, nn.Module], batches: list[Tensor], reference: Tensor
 ) -> tuple[float, dict[str, float]]:
-    """Damage of the whole, and by how much it falls when each layer alone is put back."""
-    whole = math.nan
+    """Damage of the whole, and by how much it falls when each layer alone is put back.
+
+    Both are infinite where the outputs of the whole are not finite.
+    """
+    whole: float | None = None
     falls: dict[str, float] = {}
     walk = places(network, list(stand_ins), batches, stand_ins)
     for place in track(walk, "layers measured in place", len(stand_ins)):
-        if math.isnan(whole):
+        if whole is None:
             whole = divergence(reference, place.outputs_with(stand_ins[place.name]))
+            if not math.isfinite(whole):
+                return math.inf, dict.fromkeys(stand_ins, math.inf)
         without = divergence(reference, place.outputs_with(get_module(network, place.name)))
-        falls[place.name] = whole - without
-    return whole, falls
+        falls[place.name] = whole - without if math.isfinite(without) else 0.0
+    return whole or 0.0, falls
 
 
 def _scales(
@@ -126,8 +136,11 @@ def _scales(
 ) -> dict[str, float]:
     """Factors that make predictions what was measured; all sum up to the whole damage.
 
-    A layer whose part cannot be told (nothing predicted, or too little measured) keeps its own.
+    A layer whose part cannot be told (nothing predicted, or too little measured) keeps its own. Of
+    a damage that is infinite each counts as much more than predicted.
     """
+    if math.isinf(whole):
+        return dict.fromkeys(marginal, FURTHEST)
     floor = NEGLIGIBLE * whole
     shares = {name: max(value, floor) for name, value in marginal.items()}
     level = whole / max(sum(shares.values()), 1e-30)

@@ -19,6 +19,7 @@ from sft.core.shards import Shard
 from sft.core.statistics import Statistics
 from sft.profiling.gradients import backward, frozen_parameters, scale_of, tracked
 from sft.profiling.layer_sums import LayerSums, Wanted
+from sft.profiling.samples import shape_of_all
 
 
 def gather_statistics(
@@ -30,6 +31,7 @@ def gather_statistics(
     gradients: bool = False,
     positions: int | None = None,
     seed: int = 0,
+    one_shape: bool = False,
 ) -> tuple[dict[str, Statistics], int]:
     """Run the calibration data once and sum up what the named layers see.
 
@@ -43,6 +45,7 @@ def gather_statistics(
         ``max(4096, 2 D)`` for a patch covariance wider than the output, ``max(4096, 2 o)`` for
         gradients. Means are of all positions always.
     seed : of the positions and of the sampled targets; torch's global generator is not used.
+    one_shape : refuse samples that differ in shape; otherwise the model may take them as it can.
 
     Where a process group of torch.distributed runs, each process gives its share of the data, and
     all get the statistics of the whole. Where the loader is a `Shard`, they are those that one
@@ -65,9 +68,12 @@ def gather_statistics(
         sums[name] = LayerSums(name, model.get_submodule(name), wanted)
     run = _runner(model, gradients, seed + rank())
     seen = torch.zeros(1, dtype=torch.int64)
+    shape: torch.Size | None = None
     with _watched(model, sums.values()):
-        for x in track(_inputs(loader, sums.values()), "calibration batches", length_of(loader)):
+        read = track(_inputs(loader, sums.values()), "calibration batches", length_of(loader))
+        for number, x in enumerate(read, 1):
             check_finite(x, "calibration")
+            shape = shape_of_all(x, shape, number) if one_shape else None
             if len(x):
                 run(x)
             seen += len(x)

@@ -5,18 +5,22 @@ for.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.core.errors import InputError
+from sft.core.files import check_writable, read_bytes, write_bytes
 from sft.core.records import Profile
 
 if TYPE_CHECKING:
     from sft.core.statistics import Statistics
 
 PROFILE_FILE, STATISTICS_FILE = "profile.json", "statistics.safetensors"
+_LENGTH = 8  # bytes of a safetensors file that give the length of its header
+TIE = "profile"  # in the metadata of the statistics: the fingerprint of their profile
 
 
 class StoredStatistics(Mapping[str, "Statistics"]):
@@ -58,19 +62,24 @@ class StoredStatistics(Mapping[str, "Statistics"]):
 
 
 def save_profile(measured: Profile, folder: str | Path) -> None:
-    """Store a profile: a JSON record and, beside it, the statistics."""
+    """Store a profile: a JSON record and, beside it, the statistics, which name their profile.
+
+    Raises `InputError` if the folder cannot be made or written.
+    """
     from sft.core.statistics import save_statistics
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     save_statistics(measured.statistics or {}, folder / STATISTICS_FILE)
+    _tie(folder / STATISTICS_FILE, measured.fingerprint)
     measured.save(folder / PROFILE_FILE)
 
 
 def load_profile(folder: str | Path) -> Profile:
     """Read what `save_profile` stored; raises `InputError` for anything else.
 
-    The statistics are read, and compared with the manifest, when they are first used.
+    The statistics are read, and compared with the manifest, when they are first used. Those that
+    name another profile are refused at once; a file that names none is taken as it is.
     """
     folder = Path(folder)
     if not (folder / PROFILE_FILE).is_file():
@@ -78,4 +87,34 @@ def load_profile(folder: str | Path) -> Profile:
             f"'{folder}' holds no {PROFILE_FILE}. `sft profile -o {folder}` makes one."
         )
     measured = Profile.load(folder / PROFILE_FILE)
-    return dataclasses.replace(measured, statistics=StoredStatistics(folder / STATISTICS_FILE))
+    statistics = StoredStatistics(folder / STATISTICS_FILE)
+    tie = _metadata(statistics.path).get(TIE, measured.fingerprint)
+    if tie != measured.fingerprint:
+        raise InputError(
+            f"'{folder}' holds the {PROFILE_FILE} of one run and the {STATISTICS_FILE} of another. "
+            f"Give a folder whose files belong together, or profile again."
+        )
+    return dataclasses.replace(measured, statistics=statistics)
+
+
+def _tie(path: Path, fingerprint: str) -> None:
+    """Write the fingerprint of a profile into the header of its statistics."""
+    content = read_bytes(path)
+    end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
+    header = json.loads(content[_LENGTH:end])
+    header["__metadata__"] |= {TIE: fingerprint}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH)  # tensors start at a multiple of 8 bytes
+    write_bytes(path, len(text).to_bytes(_LENGTH, "little") + text + content[end:])
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The metadata in a safetensors file, read without PyTorch; nothing of any other file."""
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(_LENGTH), "little")
+            if length > path.stat().st_size:
+                return {}
+            return dict(json.loads(stream.read(length))["__metadata__"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from sft.core.distributed import from_first, gather_bytes, is_distributed, rank
 from sft.core.errors import InputError
-from sft.core.files import read_bytes, read_text, write_bytes, write_text
+from sft.core.files import check_writable, read_bytes, read_text, write_bytes, write_text
 from sft.core.progress import say
 from sft.core.records import LayerProfile
 from sft.core.statistics import Statistics, load_statistics, save_statistics
+from sft.profiling.request import parts_of
 
 REQUEST, LAYERS, STATISTICS = "request.json", "layers", "statistics.safetensors"
 
@@ -19,8 +20,8 @@ class Unfinished:
     """A folder of finished parts, or nothing where no folder is given.
 
     request : what the parts depend on, "part:value" with spaces between. Raises `InputError` if
-    the folder holds what was measured for another request, with what differs. Of several processes
-    the first one reads and writes; all know what is finished.
+    the folder holds what was measured for another request, with what differs, or if it cannot be
+    written. Of several processes the first one reads and writes; all know what is finished.
     """
 
     def __init__(self, folder: Path | None, request: str) -> None:
@@ -67,7 +68,8 @@ class Unfinished:
 
 def _begin(folder: Path, request: str) -> bytes:
     """Make the folder, or compare its request; gives the paths and texts of finished layers."""
-    (folder / LAYERS).mkdir(parents=True, exist_ok=True)
+    for each in (folder, folder / LAYERS):
+        check_writable(each)
     note = folder / REQUEST
     if note.is_file():
         _compare(_noted(note), request, folder)
@@ -99,7 +101,7 @@ def _noted(note: Path) -> str:
 
 def _compare(stored: str, wanted: str, folder: Path) -> None:
     """Raise `InputError` that names the parts in which two requests differ."""
-    before, now = (dict(p.partition(":")[::2] for p in r.split()) for r in (stored, wanted))
+    before, now = parts_of(stored), parts_of(wanted)
     changed = [part for part in now if before.get(part) != now[part]]
     if changed:
         raise InputError(

@@ -29,7 +29,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """
     if not plan.input_shape:
         raise InputError("The plan does not say the model's input shape. Make it with `plan`.")
-    example = torch.zeros(1, *plan.input_shape, device=_device(model))
+    example = _example(plan, _device(model))
     whole = (KEEP, DENSE, STORED)
     split = {row.name: row.option for row in plan.rows if row.option.scheme not in whole}
     _check(open_all_recurrent(model)[0], plan, example)
@@ -45,13 +45,24 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     return small
 
 
+def _example(plan: Plan, device: torch.device) -> torch.Tensor:
+    """One sample of zeros; an `InputError` says the shape where there can be no such tensor."""
+    try:
+        return torch.zeros(1, *plan.input_shape, device=device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"The plan's input_shape {plan.input_shape} cannot be used: {reason} Correct it."
+        ) from None
+
+
 def _check(model: nn.Module, plan: Plan, example: torch.Tensor) -> None:
     """Every row fits the model, and every layer has its row."""
     layers = inspect(model, example, plan.model).layers
     refusals = {layer.name: layer.refusals.get("*") for layer in layers}
     for row in plan.rows:
         scheme = row.option.scheme
-        if scheme in (KEEP, DENSE, STORED):
+        if scheme in (KEEP, DENSE, STORED) or scheme not in decompositions:
             continue
         layer = get_module(model, row.name)
         reason = refusals.get(row.name) or decompositions[scheme].unsupported(layer)

@@ -42,8 +42,8 @@ class BitRamp(RoundedTraining):
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"ramp:width": self._width}
 
-    def resume(self) -> None:
-        """Give the grids the width that the state says; call before each forward pass."""
+    def resumed(self) -> None:
+        """The grids get the width that the state says."""
         self._set_widths({n: max(b, int(self._width)) for n, b in self._last.items()})
 
     @torch.no_grad()

@@ -37,13 +37,24 @@ def load_state(model: nn.Module, path: Path) -> None:
     """
     content = from_first(lambda: read_bytes(path))
     try:
-        restore(model, load(content))
+        restore(model, load(content), path)
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"'{path}' does not fit the network ({error}). Delete it.") from None
 
 
-def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy tensors into the parameters and buffers of those names; buffers may change shape."""
+def restore(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Copy tensors into the parameters and buffers of those names; buffers may change shape.
+
+    path : where the tensors are from. Raises `InputError` for a parameter of another shape, before
+    anything is changed.
+    """
+    for key, parameter in model.named_parameters():
+        own, other = tuple(parameter.shape), tuple(tensors[key].shape)
+        if own != other:
+            raise InputError(
+                f"'{path}' is of another network: its parameter '{key}' has shape {other}, here it "
+                f"has {own}. Delete the file to start anew, or give the network that it is of."
+            )
     with torch.no_grad():
         for key, value in state_of(model).items():
             stored = tensors[key].to(value)
@@ -94,7 +105,7 @@ class Checkpoint:
         try:
             tensors, note = load(content), _note_in(content)
             self._check(note["request"])
-            self._restore(tensors)
+            self._restore(tensors, path)
             self.first, self.before = int(note["step"]), float(note["seconds"])
             self.started = time.monotonic()
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
@@ -103,6 +114,10 @@ class Checkpoint:
             ) from None
         say(f"  resumed at step {self.first}")
         return self.first
+
+    def start(self) -> None:
+        """The clock of the training starts now; what was done since `resume` is not counted."""
+        self.started = time.monotonic()
 
     def save_if_due(self, step: int) -> None:
         if self.path is not None and time.monotonic() - self.saved >= self.interval:
@@ -140,8 +155,9 @@ class Checkpoint:
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        restore(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model:")})
+    def _restore(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        own = {k[6:]: v for k, v in tensors.items() if k.startswith("model:")}
+        restore(self.model, own, path)
         for key, value in self.more.items():
             value.copy_(tensors[f"more:{key}"])
         for index, parameter in enumerate(self._parameters()):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sft.calibration.quantize import quantize
 from sft.core.copies import copy_module
@@ -22,6 +22,7 @@ from sft.core.data import Data
 from sft.core.events import Events, nothing
 from sft.core.progress import say
 from sft.core.records import Plan
+from sft.core.shards import of_first, record_of_first
 from sft.decompositions import factorize
 from sft.layers import FactorizedSFT
 from sft.profiling.held_out import distance
@@ -158,9 +159,9 @@ class Course:
         names = list(self.menus.schemes)
         statistics, _ = gather_statistics(whole, names, self.data.calibration)
         menus = self.menus.after(whole, trusted(statistics))
-        choices = [(whole, menus.plan())]
+        choices = [(whole, _plan_of(menus))]
         if self.teacher is not None and self.recipe.shrinking:
-            first = self.menus.plan()
+            first = _plan_of(self.menus)
             if options_of(first) != options_of(choices[0][1]):
                 known = choices[0][1].statistics
                 choices.append((whole, dataclasses.replace(first, statistics=known)))
@@ -168,7 +169,7 @@ class Course:
                 choices.append((self.start, first))
         built = [self._built(network, plan) for network, plan in choices]
         far = [self._distance(small) for small in built] if len(built) > 1 else [0.0]
-        best = far.index(min(far))
+        best = int(of_first(torch.tensor(far, dtype=torch.float64).argmin().reshape(1)))
         plan = choices[best][1]
         trained = choices[best][0] is whole
         self._tell(
@@ -220,9 +221,7 @@ class Course:
         objective = Objective(student, self.teacher, self.example.device, loss=self.loss)
         train, _ = self.data.split("train")
         with objective.watching():
-            run_steps(
-                student, _Resumed(objective, parts), train, parts, settings, state, self.request
-            )
+            run_steps(student, objective, train, parts, settings, state, self.request)
         _set_norms(student, training=False)
         ended = [p.progress() for p in parts if isinstance(p, Shrinking)]
         self.left -= round(steps * ended[0]) if ended else steps
@@ -231,17 +230,10 @@ class Course:
         (self.on_event or nothing)({"event": kind, **facts})
 
 
-class _Resumed:
-    """An objective before which a part may put the state to work that it was resumed with."""
-
-    def __init__(self, objective: Objective, parts: Sequence[Part]) -> None:
-        self._objective = objective
-        self._ramps = [part for part in parts if isinstance(part, BitRamp)]
-
-    def __call__(self, batch: Any, remaining: float) -> Tensor:
-        for ramp in self._ramps:
-            ramp.resume()
-        return self._objective(batch, remaining)
+def _plan_of(menus: Menus) -> Plan:
+    """The plan of process 0, with the statistics that it was made from."""
+    plan = record_of_first(Plan, menus.plan)
+    return dataclasses.replace(plan, statistics=menus.profile.statistics)
 
 
 def options_of(plan: Plan) -> dict[str, str]:

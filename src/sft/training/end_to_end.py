@@ -1,6 +1,7 @@
 """The verb `train`: ranks, weights and integers found in one training, within a budget."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from sft.core.allocator import kept_memory
 from sft.core.budget import ABSOLUTE, Budget
 from sft.core.copies import copy_module
 from sft.core.data import Data
+from sft.core.distributed import from_first
 from sft.core.errors import InputError
 from sft.core.events import Events
 from sft.core.files import check_writable
 from sft.core.randomness import forked_rng
 from sft.core.records import Profile, Target
-from sft.profiling.profile import fingerprint, profile
+from sft.profiling.profile import profile
+from sft.profiling.request import refuse_other_weights
 from sft.runtimes.targets import find_target
 from sft.surgery.modules import (
     fold_batch_norm,
@@ -24,10 +27,12 @@ from sft.surgery.modules import (
 )
 from sft.training.bit_ramp import FIRST_BITS
 from sft.training.course import ADMM, Course, Recipe, Trained
-from sft.training.objective import Loss
+from sft.training.identity import DIGITS, identity_of, identity_of_data
+from sft.training.objective import Loss, name_of
 from sft.training.rank_menus import SPLIT, TRAINED, Bits, menus_of, without_damage
 
 LEAST_STEPS = 8
+NAMED = 5  # parameters in a message
 
 
 @kept_memory()
@@ -73,8 +78,9 @@ def train(
         multiples of it; None takes the target's lanes.
     steps : of the optimiser in all phases together. learning_rate, integer_learning_rate : their
         peaks in float and with rounding in place.
-    scratch : draw all weights anew; batch norm, in training form, is folded when the ranks are
-        fixed. Its layers do not feel a penalty's scale, so singular values are thresholded.
+    scratch : draw all weights anew, by `reset_parameters` of each module; batch norm, in training
+        form, is folded when the ranks are fixed. Its layers do not feel a penalty's scale, so
+        singular values are thresholded.
     shrinking, dual_ascent, product_decay : False trains without this part: the ranks are fixed at
         the start; the weight of the penalty stays as it is; decay acts on the factors.
     bit_ramp : with rounding in place, narrow the weights from 8 bits to `weight_bits` (`BitRamp`)
@@ -83,10 +89,11 @@ def train(
     teacher : whose outputs are learned; `model` by default, and with `scratch` the targets of the
         data. loss : of the task, as in `finetune`.
     measured : a profile of `model` with these bits, schemes and ranks, which serves every budget;
-        by default it is made.
+        by default it is made. One of other weights is refused, except with `scratch`.
     name : what the plan calls the model; a reference that `sft.load` can read is best.
     checkpoint : a folder for the states; an interrupted call with the same arguments goes on from
-        them and ends in the same weights. They stay until the caller deletes the folder.
+        them and ends in the same weights; one with others is refused (of data the first batches
+        are compared). They stay until the caller deletes the folder.
     on_event : gets a dict at each phase, each 50th step and when the ranks are fixed.
 
     `model` is not changed. Raises `InputError` for arguments that do not fit, and `BudgetError`,
@@ -100,9 +107,13 @@ def train(
         bit_ramp, product_decay, pretraining,
     )  # fmt: skip
     asked = repr((recipe, budget, weight_bits, scheme, list(keep), rank_multiple))
-    request = hashlib.sha256(f"{fingerprint(model, data, found)} {asked}".encode()).hexdigest()
+    if measured is not None and not scratch:
+        refuse_other_weights(measured, model)
+    request = ""
     if checkpoint is not None:
         check_writable(checkpoint)
+        given = _identities(model, teacher, loss, data, measured, recipe)
+        request = f"{given} settings={_hash(asked + found.to_json())}"
     with forked_rng(seed):
         start = _start(model, data, seed if scratch else None)
         schemes = _schemes(scheme, found)
@@ -120,18 +131,79 @@ def train(
         ).run()
 
 
+def _identities(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    loss: Loss | None,
+    data: Data,
+    measured: Profile | None,
+    recipe: Recipe,
+) -> str:
+    """What a call starts from besides its settings, in short hashes; process 0's count for all."""
+    labelled = loss is not None or (recipe.scratch and teacher is None)
+
+    def work() -> bytes:
+        train, _ = data.split("train")
+        found = {
+            "model": identity_of(model),
+            "teacher": None if teacher is None else identity_of(teacher),
+            "loss": None if loss is None else name_of(loss),
+            "calibration": identity_of_data(data.calibration, recipe.seed, False),
+            "train": identity_of_data(train, recipe.seed, labelled),
+            "profile": None if measured is None else _hash(_described(measured)),
+            "torch": torch.__version__,
+        }
+        return " ".join(f"{part}={own}" for part, own in found.items() if own).encode()
+
+    return from_first(work).decode()
+
+
+def _described(measured: Profile) -> str:
+    """What a profile was measured on and how, and the options that it offers."""
+    options = [(e.layer.name, [str(c.option) for c in e.candidates]) for e in measured.layers]
+    return f"{measured.fingerprint} {options}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+
+
 def _start(model: nn.Module, data: Data, redraw: int | None) -> nn.Module:
     """The network that training starts from: folded and opened, or drawn anew with this seed."""
+    if redraw is not None:
+        return open_all_recurrent(_drawn_anew(model, redraw))[0]
     example = data.example().to(next(model.parameters()).device)
-    if redraw is None:
-        return open_all_recurrent(fold_batch_norm(model, example))[0]
-    fresh = open_all_recurrent(copy_module(model))[0]
-    torch.manual_seed(redraw)
-    for module in fresh.modules():
-        draw = getattr(module, "reset_parameters", None)
+    return open_all_recurrent(fold_batch_norm(model, example))[0]
+
+
+def _drawn_anew(model: nn.Module, seed: int) -> nn.Module:
+    """A copy whose modules have drawn all their weights; raises `InputError` where none does.
+
+    Modules within others come first, as in constructors.
+    """
+    fresh = copy_module(model)
+    torch.manual_seed(seed)
+    weights = {n: p for n, p in fresh.named_parameters() if p.is_floating_point()}
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.fill_(math.nan)
+    fresh.apply(_redraw)
+    kept = [f"'{name}'" for name, weight in weights.items() if bool(weight.isnan().any())]
+    if kept:
+        raise InputError(
+            f"scratch: nothing draws {', '.join(kept[:NAMED])} anew ({len(kept)} of "
+            f"{len(weights)} parameters). Give the modules that hold them a method "
+            "reset_parameters(), or train from the weights as they are."
+        )
+    return fresh
+
+
+def _redraw(module: nn.Module) -> None:
+    for name in ("reset_parameters", "_reset_parameters"):
+        draw = getattr(module, name, None)
         if draw is not None:
             draw()
-    return fresh
+            return
 
 
 def _schemes(scheme: str | Sequence[str] | None, target: Target) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Fine-tuning with the original network as teacher; unlabelled data is enough."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +10,7 @@ from torch import nn
 
 from sft.core.copies import copy_module
 from sft.core.data import Loader, inputs_of, length_of
+from sft.core.distributed import from_first
 from sft.core.errors import InputError
 from sft.core.events import Events
 from sft.core.randomness import forked_rng
@@ -16,6 +18,7 @@ from sft.layers import FactorizedSFT
 from sft.surgery.modules import fold_batch_norm
 from sft.surgery.quantize import QuantizedModel
 from sft.training.averages import Averaged
+from sft.training.identity import identity_of, identity_of_data, identity_of_start
 from sft.training.loop import Part, Settings, arranged, run_steps
 from sft.training.objective import Loss, Objective
 from sft.training.rounded import RoundedTraining
@@ -67,10 +70,13 @@ def finetune(
     which start from the same model and give loaders of their own share of the data.
 
     steps : optimiser steps; the data is passed through as often as needed. epochs : passes over a
-        loader that has a length, instead of steps. minutes : end by the clock instead.
+        loader that has a length, instead of steps; of more than 0 there is one step at least.
+        minutes : end by the clock instead.
     checkpoint : a file for the state; an interrupted call with the same arguments goes on from it
         and ends in the same weights. It stays until the caller, who has stored the result, deletes
-        it. A state of other arguments is refused. save_every : seconds between two states (20).
+        it. A state of other settings is refused, and one of another network, teacher or data; of
+        data the first batches are compared, and of a network on a GPU, which may not come out the
+        same to the bit, the form. save_every : seconds between two states (20).
     loss : ``loss(outputs, targets) -> scalar`` of the task; in place of cross-entropy without a
         teacher, and added with `loss_weight` to the distance from a teacher.
     temperature, feature_weight, match : of the distance from the teacher; see `Objective`.
@@ -106,17 +112,44 @@ def finetune(
         request += f" learn_steps={learn_steps} freeze_oscillations={freeze_oscillations}"
     if ema or validation is not None:
         request += f" ema={ema} patience={patience if validation is not None else None}"
+    if checkpoint is not None:
+        labelled = teacher is None or loss is not None
+        request += _identities(model, teacher, train, validation, seed, labelled)
     with objective.watching():
-        run_steps(student, objective, train, parts, settings, checkpoint, request)
+        run_steps(student, objective, train, parts, settings, checkpoint, request.strip())
     return arranged(student, torch.contiguous_format)
 
 
 def _steps(train: Loader, steps: int, epochs: float | None) -> int:
     if epochs is None:
         return steps
+    if not 0 <= epochs < math.inf:
+        raise InputError(f"{epochs} epochs of training: 0 or more are possible.")
     if not length_of(train):
         raise InputError("epochs are passes over a loader with a length; give steps instead.")
-    return max(1, round(epochs * length_of(train)))
+    return max(1, round(epochs * length_of(train))) if epochs else 0
+
+
+def _identities(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    train: Loader,
+    validation: Loader | None,
+    seed: int,
+    labelled: bool,
+) -> str:
+    """What a stored state was trained from and on, in words; that of process 0 counts for all."""
+
+    def work() -> bytes:
+        found = {"student": identity_of_start(model)}
+        if teacher is not None:
+            found["teacher"] = identity_of(teacher)
+        found["train"] = identity_of_data(train, seed, labelled)
+        if validation is not None:
+            found["validation"] = identity_of_data(validation, seed, labelled)
+        return "".join(f" {part}={identity}" for part, identity in found.items()).encode()
+
+    return from_first(work).decode()
 
 
 def _prepare_teacher(

@@ -41,6 +41,9 @@ class Part(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Tensors, by name, that are stored with a checkpoint and copied back into to resume."""
 
+    def resumed(self) -> None:
+        """A stored state, if there is one, is back; called once, before the first step."""
+
     def penalty(self) -> Tensor | None:
         """A scalar that is added to the loss."""
 
@@ -65,6 +68,9 @@ class Idle:
 
     def state(self) -> dict[str, Tensor]:
         return {}
+
+    def resumed(self) -> None:
+        return
 
     def penalty(self) -> Tensor | None:
         return None
@@ -138,16 +144,20 @@ def run_steps(
     """
     refuse_batch_statistics(student)
     run = _Run(student, objective, parts, settings)
-    more = {name: value for part in parts for name, value in part.state().items()}
+    batches = _Batches(train, settings.seed)
+    more = batches.state() | {k: v for part in parts for k, v in part.state().items()}
     asked = " ".join(text for text in (settings.describe(), request) if text)
     stored = Checkpoint(checkpoint, student, run.optimizer, asked, more, settings.save_every)
     first = step = stored.resume()
+    for part in parts:
+        part.resumed()
     done, whole = _position(settings, stored, step)
     with forked_rng():
-        batches = _batches(train, first, settings.seed)
         while done < whole and not any(part.finished() for part in parts):
-            rate = _schedule(done, whole)
-            loss = run.step(next(batches), 1 - done / whole, rate)
+            rate, batch = _schedule(done, whole), next(batches)
+            if step == first:
+                stored.start()
+            loss = run.step(batch, 1 - done / whole, rate)
             step += 1
             _check_finite(loss, step, settings.learning_rate)
             done, whole = _position(settings, stored, step)
@@ -265,16 +275,35 @@ def _report(
     )
 
 
-def _batches(train: Loader, first: int, seed: int) -> Iterator[Any]:
-    """The batches from number `first` on, without end; each pass is seeded by its number."""
-    step = passes = 0
-    while True:
-        torch.manual_seed(seed * 1_000_003 + passes)
-        before = step
-        for batch in train:
-            step += 1
-            if step > first:
-                yield batch
-        if step == before:
-            raise InputError("The train data is empty: fine-tuning needs at least one batch.")
-        passes += 1
+class _Batches:
+    """The batches of a loader, pass after pass, without end; each pass is seeded by its number.
+
+    A resumed one reads again what was read of the pass that it stopped in, and no more.
+    """
+
+    def __init__(self, train: Loader, seed: int) -> None:
+        self._train, self._seed = train, seed
+        self._place = torch.zeros(2, dtype=torch.int64)  # of finished passes; of batches in this
+        self._reading: Iterator[Any] | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        return {"loop:place": self._place}
+
+    def __next__(self) -> Any:
+        if self._reading is None:
+            self._reading = self._read()
+        return next(self._reading)
+
+    def _read(self) -> Iterator[Any]:
+        while True:
+            passes, known = self._place.tolist()
+            torch.manual_seed(self._seed * 1_000_003 + passes)
+            count = 0
+            for batch in self._train:
+                count += 1
+                if count > known:
+                    self._place[1] = count
+                    yield batch
+            if count == 0:
+                raise InputError("The train data is empty: fine-tuning needs at least one batch.")
+            self._place += torch.tensor([1, -int(self._place[1])])

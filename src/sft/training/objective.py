@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ class Objective:
         feature_weight: float = FEATURE_WEIGHT,
         match: Sequence[str] = (),
     ) -> None:
+        _check_numbers(temperature, feature_weight, loss_weight)
         self.student, self.teacher, self.device = student, teacher, device
         self.loss, self.loss_weight = loss, loss_weight
         self.temperature, self.feature_weight = temperature, feature_weight
@@ -62,6 +64,8 @@ class Objective:
         check_finite(x, "train")
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
+        self._seen.clear()
+        self._wanted.clear()
         outputs: torch.Tensor = self.student(x)
         if self.teacher is None:
             return self._task(outputs, batch)
@@ -75,7 +79,7 @@ class Objective:
     def describe(self) -> str:
         """The settings that differ from the usual ones, for the request of a stored state."""
         given = {
-            "loss": getattr(self.loss, "__qualname__", self.loss),
+            "loss": None if self.loss is None else name_of(self.loss),
             "loss_weight": self.loss_weight,
             "temperature": self.temperature,
             "feature_weight": self.feature_weight,
@@ -98,10 +102,11 @@ class Objective:
         relative to that of the process's own batch.
         """
         figures = torch.zeros(2, dtype=torch.float64)
-        with on_its_own(), forked_rng(0):
-            for batch in loader:
+        with forked_rng(0):
+            for batch in loader:  # a slice of it where the loader is shared out
                 count = len(inputs_of(batch))
-                loss = self(batch, 0.0).double()
+                with on_its_own():
+                    loss = self(batch, 0.0).double()
                 figures += torch.stack([count * loss, loss.new_tensor(count)]).cpu()
         all_reduce_sum_([figures])
         total, samples = figures.tolist()
@@ -126,13 +131,21 @@ class Objective:
         if targets is None:
             raise InputError("Without a teacher, fine-tuning needs loaders of (inputs, targets).")
         if self.loss is not None:
-            return self.loss(outputs, targets)
+            return self.loss(outputs, _on(outputs.device, targets))
         wanted = torch.as_tensor(targets, device=outputs.device)
-        wanted = wanted if wanted.is_floating_point() else wanted.long().reshape(-1)
+        if not wanted.is_floating_point():
+            wanted = wanted.long().reshape(-1) if outputs.ndim == 2 else wanted.long()
         return functional.cross_entropy(outputs, wanted)
 
     def _feature_distance(self) -> torch.Tensor:
-        names = [n for n in self.matched if n in self._seen]
+        names = [n for n in self.matched if n in self._seen and n in self._wanted]
+        for name in names:
+            own, other = tuple(self._seen[name].shape), tuple(self._wanted[name].shape)
+            if own != other:
+                raise InputError(
+                    f"match: '{name}' gives {own} in the network and {other} in its teacher; only "
+                    "modules with outputs of one shape can be matched."
+                )
         scales = variances([self._wanted[n] for n in names])
         errors = [
             (self._seen[n] - self._wanted[n]).square().mean() / scale.clamp_min(1e-12)
@@ -142,10 +155,40 @@ class Objective:
 
 
 def _keeper(kept: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
-    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-        kept[name] = output
+    def keep(module: nn.Module, __: Any, output: Any) -> None:
+        if not isinstance(output, torch.Tensor):
+            raise InputError(
+                f"match: '{name}' ({type(module).__name__}) gives a {type(output).__name__}; only "
+                "modules that give one tensor can be matched."
+            )
+        kept[name] = output.clone()  # what follows may work in place
 
     return keep
+
+
+def name_of(loss: Loss) -> str:
+    """The module and the name of a function, or of the class of an object that is called."""
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _on(device: torch.device, targets: Any) -> Any:
+    """All tensors of the targets on this device."""
+    if isinstance(targets, torch.Tensor):
+        return targets.to(device)
+    if isinstance(targets, dict):
+        return {key: _on(device, value) for key, value in targets.items()}
+    if type(targets) in (tuple, list):
+        return type(targets)(_on(device, value) for value in targets)
+    return targets
+
+
+def _check_numbers(temperature: float, feature_weight: float, loss_weight: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature={temperature}: it must be above 0 and finite.")
+    for name, weight in (("feature_weight", feature_weight), ("loss_weight", loss_weight)):
+        if not 0 <= weight < math.inf:
+            raise InputError(f"{name}={weight}: it must be at least 0 and finite.")
 
 
 def _common_modules(student: nn.Module, teacher: nn.Module, match: Sequence[str]) -> list[str]:

@@ -129,7 +129,8 @@ class Shrinking(Idle):
     layers : the split layers by name, at full width; they are changed in place.
     dual_ascent : False leaves the multipliers as the first round finds them.
     proximal : instead of a penalty, whose scale a layer before a batch norm does not feel, each
-        round takes ``t_l / 2`` of the greatest singular value off all of them.
+        round takes a share ``sum_k mu_k cost_kl`` (times `PENALTY` / 2) of the greatest singular
+        value off all of them: the same at every scale of the kernel.
     """
 
     def __init__(
@@ -211,7 +212,8 @@ class Shrinking(Idle):
             self._norms[index] = values.max()
             spectra.append(values)
             if self._proximal:
-                self._soften(gauge, values, self.weights()[index] / 2)
+                share = self.weights()[index] * float(self._norms[index]) / 2
+                self._soften(gauge, values, share * float(values.max()))
         damages = {
             name: self._tables[name].damages(values.square().sum(0), rank)
             for name, values, rank in zip(self._gauges, spectra, self._ranks.tolist(), strict=True)

@@ -71,8 +71,8 @@ class Option(Record):
     """What may become of one layer.
 
     `scheme` is "keep" (float, as it is), "dense" (the kernel whole, in integers), "stored" (the
-    kernel whole, stored in few bits and multiplied in float) or the name of a decomposition;
-    `weight_bits` is None for float weights.
+    kernel whole, stored in few bits and multiplied in float) or the name of a decomposition, which
+    knows how many ranks it takes; `weight_bits` is None for float weights.
     """
 
     scheme: str
@@ -84,10 +84,12 @@ class Option(Record):
             raise ValueError(f"weight_bits is {self.weight_bits}; it must be 2 to 8, or null")
         if any(r < 1 for r in self.rank):
             raise ValueError(f"rank is {self.rank}; each must be at least 1")
-        if (self.scheme in (KEEP, DENSE, STORED)) != (not self.rank):
-            raise ValueError(f"scheme '{self.scheme}' with rank {self.rank} does not fit together")
-        if self.scheme == STORED and self.weight_bits is None:
-            raise ValueError("scheme 'stored' needs weight_bits, 2 to 8")
+        if self.scheme in (KEEP, DENSE, STORED) and self.rank:
+            raise ValueError(f"scheme '{self.scheme}' takes no rank; {self.rank} was given")
+        if self.scheme in (DENSE, STORED) and self.weight_bits is None:
+            raise ValueError(
+                f"scheme '{self.scheme}' needs weight_bits, 2 to 8; 'keep' stays in float"
+            )
         if self.scheme == KEEP and self.weight_bits is not None:
             object.__setattr__(self, "weight_bits", None)
 

@@ -1,6 +1,7 @@
 """What was chosen: one option per layer, and the front of all such choices."""
 
 import dataclasses
+import math
 from typing import Any
 
 from pydantic.dataclasses import dataclass
@@ -8,6 +9,8 @@ from pydantic.dataclasses import dataclass
 from sft.core.errors import InputError
 from sft.core.records.layers import Cost, Option
 from sft.core.records.record import FORMAT, STRICT, Record
+
+STATUSES = ("optimal", "feasible", "edited")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -20,13 +23,21 @@ class PlanRow(Record):
     cost: Cost
     reason: str
 
+    def __post_init__(self) -> None:
+        if self.predicted_damage is not None and math.isnan(self.predicted_damage):
+            raise ValueError(
+                f"predicted_damage of '{self.name}' is nan; a number or null is wanted"
+            )
+        _check_cost(f"the cost of '{self.name}'", self.cost)
+
 
 @dataclass(frozen=True, config=STRICT)
 class Plan(Record):
     """One option per layer; made by `plan`, edited by people, read by `apply`.
 
-    `value` is the predicted damage of the whole, `bound` a proven lower bound of it, `gap` their
-    relative distance. Costs are of the whole network.
+    `value` is the predicted damage of the whole, `bound` a proven lower bound of that of any plan
+    within the limits, `gap` their relative distance. `status` is "optimal" (the gap is closed),
+    "feasible" (it is not) or "edited". Costs are of the whole network.
     """
 
     model: str
@@ -42,6 +53,17 @@ class Plan(Record):
     input_shape: tuple[int, ...] = ()
     format: int = FORMAT
     statistics: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status is '{self.status}'; it is one of {', '.join(STATUSES)}")
+        for name in ("value", "bound", "gap"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; a finite number is wanted")
+        if any(side < 1 for side in self.input_shape):
+            raise ValueError(f"input_shape is {self.input_shape}; each side must be at least 1")
+        _check_cost("cost", self.cost)
+        _check_cost("original", self.original)
 
     def option(self, name: str) -> Option:
         """The option of the layer called `name`."""
@@ -70,6 +92,12 @@ class Plan(Record):
     def __str__(self) -> str:
         lines = [f"{r.name:32} {r.option!s:24} {r.reason}" for r in self.rows]
         return "\n".join(lines)
+
+
+def _check_cost(what: str, cost: Cost) -> None:
+    for name, value in dataclasses.asdict(cost).items():
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} in {what} is {value}; it must be 0 or more")
 
 
 @dataclass(frozen=True, config=STRICT)
