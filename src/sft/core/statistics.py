@@ -174,10 +174,12 @@ def _pool(
     return pooled
 
 
-def save_statistics(statistics: Mapping[str, Statistics], path: Path) -> None:
+def save_statistics(
+    statistics: Mapping[str, Statistics], path: Path, notes: Mapping[str, str] | None = None
+) -> None:
     """Store the statistics of many layers in one safetensors file; moments that are None are not.
 
-    Equal statistics give equal bytes.
+    notes : words by name, kept in the file's metadata. Equal statistics give equal bytes.
     """
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -190,7 +192,7 @@ def save_statistics(statistics: Mapping[str, Statistics], path: Path) -> None:
                 tensors[f"{name}:{field}"] = value.contiguous()
                 seen.add(memory)
     numbers = {name: {n: getattr(s, n) for n in NUMBERS} for name, s in statistics.items()}
-    write_bytes(path, save(tensors, metadata={"numbers": json.dumps(numbers)}))
+    write_bytes(path, save(tensors, metadata={**(notes or {}), "numbers": json.dumps(numbers)}))
 
 
 def load_statistics(path: Path) -> dict[str, Statistics]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.core.errors import InputError
-from sft.core.files import check_writable, read_bytes, write_bytes
+from sft.core.files import check_writable
 from sft.core.records import Profile
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def save_profile(measured: Profile, folder: str | Path) -> None:
 
     folder = Path(folder)
     check_writable(folder)
-    save_statistics(measured.statistics or {}, folder / STATISTICS_FILE)
-    _tie(folder / STATISTICS_FILE, measured.fingerprint)
+    notes = {TIE: measured.fingerprint}
+    save_statistics(measured.statistics or {}, folder / STATISTICS_FILE, notes)
     measured.save(folder / PROFILE_FILE)
 
 
@@ -95,17 +95,6 @@ def load_profile(folder: str | Path) -> Profile:
             f"Give a folder whose files belong together, or profile again."
         )
     return dataclasses.replace(measured, statistics=statistics)
-
-
-def _tie(path: Path, fingerprint: str) -> None:
-    """Write the fingerprint of a profile into the header of its statistics."""
-    content = read_bytes(path)
-    end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
-    header = json.loads(content[_LENGTH:end])
-    header["__metadata__"] |= {TIE: fingerprint}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)  # tensors start at a multiple of 8 bytes
-    write_bytes(path, len(text).to_bytes(_LENGTH, "little") + text + content[end:])
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -281,6 +281,7 @@ def _at_bits(entry: LayerProfile, bits: int) -> LayerProfile:
             continue
         if c.option.weight_bits in (None, bits):
             alone = max(c.damage - c.rounding, 0.0) if is_low_rank(c) else 0.0
+            alone = alone if math.isfinite(c.damage) else math.inf
             found.append(dataclasses.replace(c, damage=alone, rounding=0.0))
     return dataclasses.replace(entry, candidates=tuple(found))
 
