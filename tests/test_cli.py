@@ -213,11 +213,57 @@ def test_plan_writes_the_front_it_is_asked_for(project, capsys, cost) -> None:
     assert len(costs) > 2
 
 
-@pytest.mark.parametrize("text", ["fc", "fc=", "=dense", "fc=dense@nine", "fc=channel_in@8"])
-def test_an_option_that_cannot_be_read_is_refused(project, capsys, text) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("fc", "a part is missing"),
+        ("fc=", "a part is missing"),
+        ("=dense", "a part is missing"),
+        ("fc=dense@nine", "nine"),
+        ("fc=dense@9", "9"),
+        ("fc=channel_in:0@8", "rank"),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_refused_with_the_reason(
+    project, capsys, text, reason
+) -> None:
+    profile_with_made_latency(project, capsys)
     code, _, err = call(capsys, "plan", "p", "--option", text)
     assert code == 2
-    assert f"--option {text}" in err or "p" in err
+    assert f"--option {text}: " in err
+    said = err.partition("(")[2]
+    assert reason in said
+    assert "pydantic" not in err
+
+
+def test_an_option_that_is_on_no_menu_is_refused_with_the_nearest(project, capsys) -> None:
+    profile_with_made_latency(project, capsys)
+    code, _, err = call(capsys, "plan", "p", "--option", "fc=channel_in@8")
+    assert code == 2
+    assert "for layer 'fc'" in err
+    assert "dense @8" in err
+
+
+def test_two_options_for_one_layer_are_refused(project, capsys) -> None:
+    profile_with_made_latency(project, capsys)
+    code, _, err = call(capsys, "plan", "p", "--option", "fc=dense@4", "--option", "fc=dense@8")
+    assert code == 2
+    assert "names 'fc' twice" in err
+
+
+def test_the_front_is_written_where_the_budget_cannot_be_met(project, capsys) -> None:
+    profile_with_made_latency(project, capsys)
+    code, _, _ = call(capsys, "plan", "p", "--macs", "1e-6", "--front", "front.json")
+    assert code == 1
+    assert json.loads(Path("front.json").read_text())["points"]
+
+
+def test_plan_takes_no_options_of_measuring(project, capsys) -> None:
+    profile_with_made_latency(project, capsys)
+    for extra in ("--target", "--threads", "--device", "--seed"):
+        with pytest.raises(SystemExit) as ended:
+            call(capsys, "plan", "p", extra, "1")
+        assert ended.value.code == 2
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def overrides_of(options: argparse.Namespace) -> "dict[str, Option]":
     """Options set by hand: LAYER=SCHEME[:RANK[,RANK]][@BITS], 8 bits if none are given."""
     from sft.core.records import Option
 
-    found = {}
+    found: dict[str, Option] = {}
     for text in options.option:
         layer, equals, said = text.rpartition("=")
         whole, at, bits = said.partition("@")
@@ -82,14 +82,22 @@ def overrides_of(options: argparse.Namespace) -> "dict[str, Option]":
                 raise ValueError("a part is missing")
             width = None if bits == "float" else int(bits) if at else 8
             rank = tuple(int(side) for side in ranks.split(",")) if ranks else ()
-            found[layer] = Option(scheme, rank, width)
+            option = Option(scheme, rank, width)
         except ValueError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = _reason_of(error)
             raise InputError(
                 f"--option {text}: LAYER=SCHEME:RANK@BITS is wanted, for example "
                 f"'layer1.*=channel_in:16@8', 'fc=dense@4' or 'stem=keep' ({reason})."
             ) from None
+        if found.setdefault(layer, option) != option:
+            raise InputError(f"--option names '{layer}' twice: {found[layer]} and {option}.")
     return found
+
+
+def _reason_of(error: ValueError) -> str:
+    """What a record, or Python, found wrong."""
+    told = getattr(error, "errors", None)
+    return str(told()[0]["msg"] if told else error).removeprefix("Value error, ").rstrip(".")
 
 
 def measuring_of(options: argparse.Namespace) -> dict[str, Any]:

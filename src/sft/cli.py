@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model(profile)
     _measuring(profile)
     _out(profile, "out/profile")
-    plan = _verb(verbs, "plan", "choose one option a layer from a profile", commands.plan)
+    plan = _verb(verbs, "plan", "choose one option a layer from a profile", commands.plan, False)
     plan.add_argument("profile", metavar="PROFILE_DIR")
     _limits(plan)
     plan.add_argument("--method", choices=("exact", "lagrangian"), default="exact")
@@ -108,10 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
     _model(verify, score=True)
     bench = _verb(verbs, "benchmark", "time exported FILEs in turn", commands.benchmark)
     bench.add_argument("files", nargs="+", metavar="FILE")
-    report = _verb(verbs, "report", "write the page of a RESULT.json", commands.report)
+    report = _verb(verbs, "report", "write the page of a RESULT.json", commands.report, False)
     report.add_argument("result", metavar="RESULT.json")
     _out(report, "report.html", "FILE")
-    _verb(verbs, "list", "models, data, targets and decompositions", commands.list_known)
+    _verb(verbs, "list", "models, data, targets and decompositions", commands.list_known, False)
     return parser
 
 
@@ -173,12 +173,19 @@ def _plan_verbs(verbs: Any) -> None:
 
 
 def _verb(
-    verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]
+    verbs: Any,
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int],
+    measures: bool = True,
 ) -> argparse.ArgumentParser:
+    """measures : whether the verb runs networks or files; the others have no use for a machine."""
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
     verb.set_defaults(run=run)
     verb.add_argument("--json", action="store_true", help="print the record as JSON")
     verb.add_argument("--quiet", action="store_true", help="no progress")
+    if not measures:
+        return verb
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--device", default="cpu", help="for the PyTorch steps (cpu, cuda)")
     verb.add_argument("--threads", type=int, default=1, help="of the runtime, when it is measured")

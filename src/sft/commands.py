@@ -92,10 +92,10 @@ def plan(options: argparse.Namespace) -> int:
         if path:
             check_output(path)
     measured, fixed = load_profile(options.profile), overrides_of(options)
-    chosen = plan(measured, budget_of(options), options.keep, fixed, options.method)
-    if options.front:
+    if options.front:  # first: a budget that cannot be met says nothing against it
         found = front(measured, options.front_cost, keep=options.keep, overrides=fixed)
         found.save(with_folder(options.front))
+    chosen = plan(measured, budget_of(options), options.keep, fixed, options.method)
     if options.out:
         chosen.save(with_folder(options.out))
     return _print(options, str(chosen), chosen)

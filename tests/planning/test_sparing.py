@@ -60,6 +60,13 @@ def test_no_more_layers_are_split_than_the_limit_needs(splits) -> None:
     assert all("low rank gains no time here" in row.reason for row in found.rows)
 
 
+def test_one_layer_that_saves_much_is_split_before_many_that_save_little() -> None:
+    sizes = [90, 90, 90, 90, 90, 90, 90, 40, 90, 90]
+    menus = [[(DENSE, 0.001, 100, 100), (SPLIT, 0.00095, size, 40)] for size in sizes]
+    made = profile_of([layer(f"x{i}", menu, True) for i, menu in enumerate(menus)])
+    assert split_in(plan(made, Budget(size_bytes=940))) == ["x7"]
+
+
 def test_layers_that_would_do_much_damage_whole_are_split() -> None:
     """Whole, all ten have a tenth more damage than split; only so many may be spared."""
     found = plan(ten([0.0008] * 10), Budget(size=1.0))
