@@ -77,12 +77,12 @@ def test_the_rest_is_measured_and_the_profile_is_that_of_one_go(
 def test_a_loader_that_breaks_off_leaves_no_half_statistics(net, data, whole, tmp_path) -> None:
     class Breaking:
         def __init__(self) -> None:
-            self.reads = 0
+            self.thirds = 0
 
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
             for index, batch in enumerate(data.calibration):
-                self.reads += 1
-                if self.reads > 6 and index == 2:
+                self.thirds += index == 2
+                if self.thirds == 2:  # not when it is hashed, but when statistics are gathered
                     raise ConnectionError("the cable was pulled")
                 yield batch
 
@@ -118,6 +118,22 @@ def swished(net: nn.Module) -> nn.Module:
     SmallNet.__qualname__ = type(net).__qualname__
     net.__class__ = SmallNet
     return net
+
+
+def late(data: Data, held: bool) -> Data:
+    """The same data but for its last batch; as a list it can be told only by reading it."""
+    x = data.calibration.inputs.clone()
+    x[-1] += 1
+    batches = Batches(x, data.calibration.targets, data.calibration.batch_size)
+    return dataclasses.replace(data, calibration=batches if held else list(batches))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_change_of_the_last_batch_alone_is_refused(net, data, tmp_path, held) -> None:
+    begun = data if held else dataclasses.replace(data, calibration=list(data.calibration))
+    quick(net, begun, tmp_path)
+    with pytest.raises(InputError, match="data"):
+        quick(net, late(data, held), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -145,19 +145,30 @@ def check_finite(x: torch.Tensor, split: str) -> None:
         raise InputError(f"The {split} data holds NaN or infinite values. Clean it first.")
 
 
-def fingerprint_data(loader: Loader, batches: int = 2) -> str:
-    """A short hash of the first batches, to notice that the data changed.
+def fingerprint_data(loader: Loader, batches: int | None = 2) -> str:
+    """A short hash of the inputs of the first batches, to notice that the data changed.
 
-    Of one that is divided over processes (`shards.Shard`) the whole batches count.
+    batches : how many are read; None: all. If not all are, the number of batches that the loader
+    says it has counts too, and of `Batches` every input that they hold. Of a loader that is divided
+    over processes (`shards.Shard`) the whole batches count.
     """
+    whole = getattr(loader, "whole", loader)
     digest = hashlib.sha256()
-    for index, batch in enumerate(getattr(loader, "whole", loader)):
+    if batches is not None:
+        digest.update(str(length_of(whole)).encode())
+        if isinstance(whole, Batches):
+            _add_tensor(digest, whole.inputs)
+    for index, batch in enumerate(whole):
         if index == batches:
             break
-        x = inputs_of(batch).detach().cpu().contiguous()
-        digest.update(str((tuple(x.shape), str(x.dtype))).encode())
-        digest.update(x.view(torch.uint8).numpy().tobytes())
+        _add_tensor(digest, inputs_of(batch))
     return digest.hexdigest()[:16]
+
+
+def _add_tensor(digest: Any, x: torch.Tensor) -> None:
+    x = x.detach().cpu().contiguous()
+    digest.update(str((tuple(x.shape), str(x.dtype))).encode())
+    digest.update(x.view(torch.uint8).numpy().tobytes())
 
 
 def top1(predict: Predict, loader: Loader) -> float:

@@ -89,7 +89,7 @@ def fingerprint(
         parts = {
             "weights": weights_of(model),
             "network": _network(model, data),
-            "data": _hash(fingerprint_data(data.calibration)),
+            "data": _hash(fingerprint_data(data.calibration, batches=None)),
             "target": _hash(target.to_json()),
             "options": _hash(str(how)),
             "sft": __version__,

@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import nn
 
-from sft.core.data import Loader, inputs_of, length_of
+from sft.core.data import Batches, Loader, inputs_of, length_of
 from sft.core.randomness import forked_rng
 from sft.core.shards import whole_of
 from sft.surgery.quantize import QuantizedModel
@@ -52,7 +52,8 @@ def identity_of_start(model: nn.Module) -> str:
 
 
 def identity_of_data(loader: Loader, seed: int, targets: bool) -> str:
-    """A short hash of the first batches of a loader and of its length; the same in every call.
+    """A short hash of the first batches of a loader and of its length, and of all that `Batches`
+    hold; the same in every call.
 
     It is read with torch's generator at `seed`, which is left as it was. Data that differs when it
     is read again (shuffled or augmented by random numbers that are not torch's) counts by its
@@ -64,6 +65,10 @@ def identity_of_data(loader: Loader, seed: int, targets: bool) -> str:
     length = f"length {length_of(whole)}"
     if isinstance(whole, Iterator):
         return length
+    if isinstance(whole, Batches):
+        held = hashlib.sha256()
+        _add(held, (whole.inputs, whole.targets) if targets else whole.inputs)
+        length = f"{length}, all {held.hexdigest()[:DIGITS]}"
     first, again = (_read(whole, seed, targets) for _ in range(2))
     return f"{first}, {length}" if first == again else length
 
