@@ -192,6 +192,12 @@ def test_the_options_of_plan_reach_the_plan(project, capsys) -> None:
         assert planned(f"--{cost}", str(limit))["cost"][cost] <= most
     least = 0.7 * whole["cost"]["latency"]
     assert planned("--latency-ms", str(least))["cost"]["latency"] <= least * (1 + 1e-9)
+    kept = planned("--option", "*=keep")
+    tight = str(int(kept["cost"]["memory"] * 0.6))
+    assert planned("--memory-bytes", tight)["cost"]["memory"] <= int(tight)
+    code, _, err = call(capsys, "plan", "p", "--option", "*=keep", "--memory-bytes", tight)
+    assert code == 1
+    assert "memory" in err
     code, _, err = call(capsys, "plan", "p", "--memory-bytes", "1")
     assert code == 1
     assert "memory_bytes" in err
