@@ -77,4 +77,6 @@ def _verdict(measured: float, sense: str, wanted: float) -> str:
 
 
 def _shown(value: float | str) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}"

@@ -124,7 +124,7 @@ def main() -> None:
             if not options.quick:
                 write_rows("training", rows_of(found, WANTED), WANTED, options.threads)
     print_rows(rows_of(found, WANTED))
-    print(json.dumps({n: round(float(found[n]), 7) for n in PRINTED if n in found}))
+    print(json.dumps({n: float(f"{float(found[n]):.6g}") for n in PRINTED if n in found}))
 
 
 def _parse() -> argparse.Namespace:

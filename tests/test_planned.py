@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 
 from sft import planned as room
+from sft.calibration.quantize import quantize
 from sft.core.budget import Budget
 from sft.core.records import Plan, Profile
-from sft.planned import plan_in_place
+from sft.exporters import export
+from sft.planned import plan_in_place, plan_that_fits, weigh
 from sft.planning.allocate import plan as make_plan
 from sft.profiling.remeasure import Remeasured, remeasure
+from sft.surgery.apply import apply
 
 TIGHT = Budget(size=0.2, macs=0.3)
 
@@ -120,3 +123,40 @@ def test_the_seed_is_that_of_the_measuring(profiled, net, data, monkeypatch) -> 
     monkeypatch.setattr(room, "remeasure", watched)
     plan_in_place(profiled, TIGHT, net, data, seed=7)
     assert seeds == [7]
+
+
+def lighter(profile: Profile, by: int) -> Profile:
+    """The same menus, their sizes told too small by so many bytes a layer."""
+    layers = tuple(
+        dataclasses.replace(entry, candidates=tuple(
+            dataclasses.replace(c, cost=dataclasses.replace(c.cost, size=c.cost.size - by))
+            for c in entry.candidates
+        ))
+        for entry in profile.layers
+    )  # fmt: skip
+    return dataclasses.replace(profile, layers=layers)
+
+
+def test_a_plan_whose_file_would_be_too_large_is_made_again_for_less(
+    profiled, net, data, tmp_path
+) -> None:
+    told = lighter(profiled, 150)
+    budget = Budget(size=0.2)
+    limit = budget.limits(told.original)["size"]
+    assert weigh(plan_in_place(told, budget, net, data), net, data) > limit
+    found = plan_that_fits(told, budget, net, data)
+    small = apply(net, found)
+    rounded = quantize(small, found, found.target, data.calibration, spare_sensitive=False)
+    assert weigh(found, net, data) <= limit
+    artifact = export(rounded, found, tmp_path / "model.onnx")
+    assert artifact.file_bytes == weigh(found, net, data)
+
+
+def test_a_plan_whose_file_fits_stays_and_without_a_limit_none_is_weighed(
+    profiled, net, data, monkeypatch
+) -> None:
+    roomy = Budget(size=0.5, macs=0.4)
+    assert plan_that_fits(profiled, roomy, net, data) == plan_in_place(profiled, roomy, net, data)
+    monkeypatch.setattr(room, "weigh", None)
+    macs = Budget(macs=0.4)
+    assert plan_that_fits(profiled, macs, net, data) == plan_in_place(profiled, macs, net, data)

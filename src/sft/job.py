@@ -29,7 +29,7 @@ from sft.core.shards import record_of_first
 from sft.exporters import export, save_packed
 from sft.measure import profile
 from sft.outcome import describe, score_file
-from sft.planned import plan_in_place
+from sft.planned import plan_that_fits
 from sft.planning.front import front
 from sft.profiling.profile import fingerprint, save_profile
 from sft.reporting.html import report
@@ -150,7 +150,7 @@ class Job:
         overrides: Mapping[str, Option] | None,
     ) -> Plan:
         def choose() -> Plan:
-            return plan_in_place(
+            return plan_that_fits(
                 measured, budget, self.model, self.data,
                 keep=keep, overrides=overrides, seed=self.seed,
             )  # fmt: skip

@@ -108,8 +108,10 @@ def _missed(budget: Budget, before: Cost, after: Cost, scores: tuple[float, floa
     missed: list[str] = []
     limits = budget.limits(before)
     for cost, measured in dataclasses.asdict(after).items():
-        if measured > limits.get(cost, float("inf")):
-            missed.append(f"{cost}: {measured:,} where at most {limits[cost]:,.4g} was asked.")
+        limit = limits.get(cost, float("inf"))
+        if measured > limit:
+            said = f"{limit:,.0f}" if limit >= 1000 else f"{limit:.4g}"
+            missed.append(f"{cost}: {measured:,} where at most {said} was asked.")
     drop = scores[0] - scores[1]
     if budget.max_drop is not None and drop > budget.max_drop + ROUNDING:
         missed.append(
