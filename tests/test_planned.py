@@ -140,11 +140,12 @@ def lighter(profile: Profile, by: int) -> Profile:
 def test_a_plan_whose_file_would_be_too_large_is_made_again_for_less(
     profiled, net, data, tmp_path
 ) -> None:
-    told = lighter(profiled, 150)
-    budget = Budget(size=0.2)
-    limit = budget.limits(told.original)["size"]
+    told = lighter(profiled, 60)
+    limit = weigh(plan_in_place(profiled, Budget(size=0.13), net, data), net, data) - 1
+    budget = Budget(size_bytes=limit)
     assert weigh(plan_in_place(told, budget, net, data), net, data) > limit
     found = plan_that_fits(told, budget, net, data)
+    assert found.budget == {"size_bytes": limit}
     small = apply(net, found)
     rounded = quantize(small, found, found.target, data.calibration, spare_sensitive=False)
     assert weigh(found, net, data) <= limit

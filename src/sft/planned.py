@@ -37,24 +37,26 @@ def plan_that_fits(
     """`plan_in_place`, made again for less where its file would exceed the limit on size.
 
     The graph around the numbers is predicted roughly, so the file of a plan is written once, before
-    anything is trained, and what it has too much is taken off the limit. Without a limit on size
-    nothing is written. Raises what `plan` raises.
+    anything is trained, and what it has too much is taken off what the plan says. Without a limit
+    on size nothing is written. Raises what `plan` raises.
     """
     limit = budget.limits(profile.original).get("size")
-    allowed, asked = budget, limit
+    allowed = budget
+    asked: dict[str, float] = {}
     for _ in range(WEIGHINGS):
         found = plan_in_place(
             profile, allowed, model, data, keep=keep, overrides=overrides, seed=seed
         )
-        if limit is None or asked is None:
+        asked = found.budget if allowed is budget else asked
+        if limit is None:
             break
         excess = weigh(found, model, data, seed) - limit
         if excess <= 0:
             break
         say(f"  its file would be {excess:,.0f} bytes too large; planned again for less")
-        asked -= excess + 1
-        allowed = dataclasses.replace(budget, size=None, size_bytes=int(asked))
-    return found
+        less = int(found.cost.size - excess)
+        allowed = dataclasses.replace(budget, size=None, size_bytes=less)
+    return dataclasses.replace(found, budget=asked)
 
 
 def weigh(plan: Plan, model: nn.Module, data: Data, seed: int = 0) -> int:
