@@ -11,6 +11,7 @@ from pathlib import Path
 from sft.core.errors import InputError
 
 MANIFEST = "manifest.json"
+NOTE = "sft"  # the one key of the metadata in a safetensors file: of several the order is random
 TEMPORARY = "[a-z0-9_]{8}"  # what `tempfile.mkstemp` puts behind the prefix
 
 

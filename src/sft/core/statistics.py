@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sft.core.errors import InputError
-from sft.core.files import check_manifest, write_bytes
+from sft.core.files import NOTE, check_manifest, write_bytes
 
 REQUIRED = ("output_mean", "patch_mean", "tap_covariance")
 OPTIONAL = (
@@ -179,7 +179,7 @@ def save_statistics(
 ) -> None:
     """Store the statistics of many layers in one safetensors file; moments that are None are not.
 
-    notes : words by name, kept in the file's metadata. Equal statistics give equal bytes.
+    notes : words by name, kept in the file. Equal statistics give equal bytes.
     """
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -192,7 +192,9 @@ def save_statistics(
                 tensors[f"{name}:{field}"] = value.contiguous()
                 seen.add(memory)
     numbers = {name: {n: getattr(s, n) for n in NUMBERS} for name, s in statistics.items()}
-    write_bytes(path, save(tensors, metadata={**(notes or {}), "numbers": json.dumps(numbers)}))
+    write_bytes(
+        path, save(tensors, metadata={NOTE: json.dumps({"numbers": numbers, **(notes or {})})})
+    )
 
 
 def load_statistics(path: Path) -> dict[str, Statistics]:
@@ -200,7 +202,7 @@ def load_statistics(path: Path) -> dict[str, Statistics]:
     check_manifest(path)
     try:
         with safe_open(path, "pt") as stored:
-            numbers = json.loads(stored.metadata()["numbers"])
+            numbers = json.loads(stored.metadata()[NOTE])["numbers"]
             held = set(stored.keys())
             found = {}
             for name, own in numbers.items():

@@ -9,10 +9,10 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sft.core.errors import InputError
-from sft.core.files import check_writable
+from sft.core.files import NOTE, check_writable
 from sft.core.records import Profile
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PROFILE_FILE, STATISTICS_FILE = "profile.json", "statistics.safetensors"
 _LENGTH = 8  # bytes of a safetensors file that give the length of its header
-TIE = "profile"  # in the metadata of the statistics: the fingerprint of their profile
+TIE = "profile"  # in the note of the statistics: the fingerprint of their profile
 
 
 class StoredStatistics(Mapping[str, "Statistics"]):
@@ -88,7 +88,7 @@ def load_profile(folder: str | Path) -> Profile:
         )
     measured = Profile.load(folder / PROFILE_FILE)
     statistics = StoredStatistics(folder / STATISTICS_FILE)
-    tie = _metadata(statistics.path).get(TIE, measured.fingerprint)
+    tie = _notes_in(statistics.path).get(TIE, measured.fingerprint)
     if tie != measured.fingerprint:
         raise InputError(
             f"'{folder}' holds the {PROFILE_FILE} of one run and the {STATISTICS_FILE} of another. "
@@ -97,13 +97,13 @@ def load_profile(folder: str | Path) -> Profile:
     return dataclasses.replace(measured, statistics=statistics)
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """The metadata in a safetensors file, read without PyTorch; nothing of any other file."""
+def _notes_in(path: Path) -> dict[str, Any]:
+    """The note in a file of statistics, read without PyTorch; nothing of any other file."""
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH), "little")
             if length > path.stat().st_size:
                 return {}
-            return dict(json.loads(stream.read(length))["__metadata__"])
+            return dict(json.loads(json.loads(stream.read(length))["__metadata__"][NOTE]))
     except (OSError, ValueError, KeyError, TypeError):
         return {}
