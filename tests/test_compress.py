@@ -126,6 +126,23 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(
     assert not (tmp_path / "b" / ".sft-work").exists()
 
 
+@pytest.mark.parametrize(("rate", "kept"), [(10.0, False), (1e-3, True)])
+def test_integers_that_training_harms_are_taken_as_they_were(
+    net, data, tmp_path, rate, kept
+) -> None:
+    budget = sft.Budget(size=0.18, macs=0.62)
+    untrained, trained = (
+        compress(
+            net, data, budget, target="onnxruntime-avx2", out=tmp_path / str(steps),
+            training=Training(steps=12, integer_steps=steps, integer_learning_rate=rate),
+        )
+        for steps in (0, 20)
+    )  # fmt: skip
+    x = data.validation.inputs
+    same = torch.equal(untrained.model(x), trained.model(x))
+    assert same is not kept
+
+
 def test_an_impossible_budget_changes_nothing(net, data, tmp_path) -> None:
     out = tmp_path / "out"
     out.mkdir()

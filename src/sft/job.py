@@ -17,6 +17,7 @@ from sft import __version__
 from sft.accuracy_floor import Trial
 from sft.calibration.quantize import quantize
 from sft.core.budget import Budget
+from sft.core.copies import copy_module
 from sft.core.data import Data, Evaluate, Loader, fingerprint_data
 from sft.core.distributed import from_first, is_distributed, rank
 from sft.core.errors import InputError
@@ -31,6 +32,7 @@ from sft.measure import profile
 from sft.outcome import describe, score_file
 from sft.planned import plan_that_fits
 from sft.planning.front import front
+from sft.profiling.held_out import distance
 from sft.profiling.profile import fingerprint, save_profile
 from sft.reporting.html import report
 from sft.runtimes.runner import benchmark_interleaved
@@ -184,9 +186,8 @@ class Job:
             small = self._timed("reconstruct", lambda: self._fit(small))
         small = self._tune(f"{key}-float", small, training.steps, training.learning_rate)
         rounded = self._timed("quantise", lambda: quantize(small, plan, self.target, calibration))
-        rounded = self._tune(
-            f"{key}-integers", rounded, training.integer_steps, training.integer_learning_rate
-        )
+        if training.integer_steps:
+            rounded = self._tune_integers(f"{key}-integers", rounded)
         path = self.work.root / f"{key}{self.target.suffix}"
         write = partial(export, rounded, plan, path, self.target.name)
         artifact = self._timed("export", lambda: record_of_first(Artifact, write))
@@ -195,6 +196,17 @@ class Job:
     def _fit(self, small: nn.Module) -> nn.Module:
         say("fit the split layers")
         return reconstruct(small, self.model, self.data.calibration, seed=self.seed)
+
+    def _tune_integers(self, stage: str, rounded: QuantizedModel) -> QuantizedModel:
+        """The trained network, or the one as it was where training does harm on validation data."""
+        how, (held_out, _) = self.training, self.data.split("validation")
+        before = copy_module(rounded)
+        after = self._tune(stage, rounded, how.integer_steps, how.integer_learning_rate)
+        far = [distance(m, self.original, held_out, self.seed, whole=True) for m in (before, after)]
+        helps = far[1] <= far[0]
+        said = "stay trained" if helps else "are taken as they were before"
+        say(f"  divergence on validation data {far[0]:.4g}, trained {far[1]:.4g}: integers {said}")
+        return after if helps else before
 
     def _tune(self, stage: str, network: M, steps: int, learning_rate: float) -> M:
         how = self.training

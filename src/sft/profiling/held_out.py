@@ -47,16 +47,20 @@ def first_batch(loader: Loader, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def distance(model: nn.Module, original: nn.Module, loader: Loader, seed: int = 0) -> float:
+def distance(
+    model: nn.Module, original: nn.Module, loader: Loader, seed: int = 0, whole: bool = False
+) -> float:
     """Mean divergence of a model from the original on the batches that judge, of all processes.
 
-    Both are in eval mode and on one device; the divergence is that of `profiling.damage`.
+    whole : all batches judge. Both are in eval mode and on one device; the divergence is that of
+    `profiling.damage`.
     """
     total, samples = 0.0, 0
     with forked_rng(seed):
         count = sum(1 for _ in loader)
     device = device_of(original)
-    for x in batches(loader, device, True if count >= HELD_OUT else None, seed):
+    held_out = True if count >= HELD_OUT and not whole else None
+    for x in batches(loader, device, held_out, seed):
         total += len(x) * divergence(original(x), model(x))
         samples += len(x)
     figures = torch.tensor([total, samples], dtype=torch.float64)
