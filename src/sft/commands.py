@@ -44,7 +44,7 @@ def demo(options: argparse.Namespace) -> int:
     options.learning_rate = options.log = None
     from sft.core.budget import Budget
 
-    return _compress(options, Budget(size=0.1, macs=0.34, max_drop=0.005))
+    return _compress(options, Budget(size=0.1, macs=0.4, max_drop=0.005))
 
 
 def compress(options: argparse.Namespace) -> int:
