@@ -54,7 +54,7 @@ def plan_that_fits(
         if excess <= 0:
             break
         say(f"  its file would be {excess:,.0f} bytes too large; planned again for less")
-        less = int(found.cost.size - excess)
+        less = max(int(found.cost.size - excess), 1)
         allowed = dataclasses.replace(budget, size=None, size_bytes=less)
     return dataclasses.replace(found, budget=asked)
 

@@ -46,7 +46,14 @@ def test_a_module_that_a_batch_does_not_call_is_not_compared() -> None:
     objective = Objective(Sometimes(), Sometimes(), CPU, match=["*"])
     with objective.watching():
         objective(torch.randn(3, 4)).backward()
-        objective(torch.randn(2, 4)).backward()  # the graph of the first is gone
+        x = torch.randn(2, 4)
+        found = objective(x)
+        found.backward()  # the graph of the first is gone
+    objective.feature_weight = 0.0
+    outputs = objective(x)  # nothing is watched any more
+    own, wanted = (network.b(x) for network in (objective.student, objective.teacher))
+    features = (own - wanted).square().mean() / wanted.var()
+    torch.testing.assert_close(found, outputs + features)
 
 
 def test_what_cannot_be_matched_is_named() -> None:
